@@ -1,0 +1,47 @@
+// The AVX2 + FMA row of the kernel table: only what this ISA changes.
+#include <immintrin.h>
+
+#include "../inverted_residual.h"
+
+namespace mnv2_fused::avx2 {
+namespace {
+
+#include "forward-inl.h"
+
+struct Float32 {
+  using T = float;
+  using V = __m256;
+  static constexpr int kLanes = 8;
+  // 12 accumulators, 3 weight vectors and the broadcast pixel: all 16 registers. 24 divides every expanded width.
+  static constexpr int kTileM = 4, kTileN = 3;
+  // 7 accumulators and an input; the 9 weights are partly memory operands.
+  static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 4;
+  static constexpr int kStreams = 4;
+  static_assert(kTileM * kTileN + kTileN + 1 <= 16);
+
+  // The first n lanes: eight from the middle of eight ones and eight zeros.
+  static __m256i mask(int n) {
+    alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - n));
+  }
+  static V load(const T* p) { return _mm256_loadu_ps(p); }
+  static V load_n(const T* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+  static void store(T* p, V v) { _mm256_storeu_ps(p, v); }
+  static void store_n(T* p, V v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
+  static V broadcast(T v) { return _mm256_set1_ps(v); }
+  static V broadcast_load(const T* p) { return _mm256_broadcast_ss(p); }
+  static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  // Both return their second operand when either is NaN: a NaN stays one as long as it comes second.
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static V min(V a, V b) { return _mm256_min_ps(a, b); }
+};
+
+const char* const kFeatures[] = {"avx2", "fma", nullptr};
+
+}  // namespace
+
+extern const Kernel kernel_f32;
+const Kernel kernel_f32 = Forward<Float32>::kernel("avx2_f32", Dtype::kFloat32, kFeatures);
+
+}  // namespace mnv2_fused::avx2

@@ -1,0 +1,573 @@
+// The forward pass of every layer, each algorithm written once over an `Isa` (vector type, register tile sizes).
+// An ISA's file includes this inside its own anonymous namespace. No threads, no allocation, no torch in here.
+//
+// A block never holds its expanded tensor: for a stripe of output rows it expands the rows of h that are missing into
+// a ring, a panel of channels at a time, filters that panel into d while it is in L1, and projects the stripe.
+// Every output element is one chain of multiply-adds whose order depends on its place in the tensor only, never on
+// the tile or the thread that computes it.
+#define MNV2_INLINE inline __attribute__((always_inline))
+#define MNV2_UNROLL _Pragma("GCC unroll 32")
+
+template <class Isa>
+struct Forward {
+  using T = typename Isa::T;
+  using V = typename Isa::V;
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kTileM = Isa::kTileM;  // pixels of a matrix tile
+  static constexpr int kTileN = Isa::kTileN;  // vectors of output channels of a matrix tile
+  static constexpr int kPanel = kTileN * kLanes;
+  static constexpr int kRows = Isa::kDepthwiseRows;  // output rows and
+  static constexpr int kColumns = Isa::kDepthwiseColumns;  // columns of a depthwise tile
+  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM};
+
+  static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+  static int min(int a, int b) { return a < b ? a : b; }
+  static int max(int a, int b) { return a > b ? a : b; }
+  static V relu6(V v) { return Isa::min(Isa::broadcast(T(6)), Isa::max(Isa::broadcast(T(0)), v)); }
+
+  // ---------------------------------------------------------------------------------------------- matrix tile
+
+  // Pixels as rows: K is `segments` runs of `k` consecutive elements (one for a 1x1, channels x 3 for a dense 3x3),
+  // run s of pixel m beginning at segment[s] + offset + m * pixel_stride.
+  struct Pixels {
+    const T* const* segment;
+    int segments, k;
+    int64_t offset, pixel_stride;
+  };
+
+  // Where and how a tile of outputs goes.
+  struct Outputs {
+    T* y;
+    const int32_t* offset;  // of each pixel, for the ring of h
+    int64_t pixel_stride;   // otherwise
+    const T* residual;      // null, or x laid out as y
+    bool accumulate, relu6;
+    int tail;  // elements of the last vector that exist, 0 for all
+  };
+
+  template <int M, int N>
+  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w) {
+    constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
+    const int64_t stride = pixels.pixel_stride;
+    for (int s = 0; s < pixels.segments; ++s) {
+      const T* p[kPointers];
+      MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[s] + pixels.offset + 3 * i * stride;
+      for (int k = pixels.k; k > 0; --k) {
+        // Without this the compiler keeps a pointer for every pixel and spills them.
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) asm volatile("" : "+r"(p[i]));
+        V b[N];
+        MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::load(w + n * kLanes);
+        MNV2_UNROLL for (int m = 0; m < M; ++m) {
+          const V a = Isa::broadcast_load(p[m / 3] + (m % 3) * stride);
+          MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::fmadd(a, b[n], acc[m][n]);
+        }
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) ++p[i];
+        w += N * kLanes;
+      }
+    }
+  }
+
+  template <int M, int N>
+  static MNV2_INLINE void begin(V (&acc)[M][N], const T* bias) {
+    MNV2_UNROLL for (int n = 0; n < N; ++n) {
+      const V b = Isa::load(bias + n * kLanes);
+      MNV2_UNROLL for (int m = 0; m < M; ++m) acc[m][n] = b;
+    }
+  }
+
+  // relu6 of the product into the ring of h.
+  struct Hidden {
+    template <int M, int N>
+    static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
+      V acc[M][N];
+      begin<M, N>(acc, bias);
+      multiply<M, N>(acc, pixels, w);
+      MNV2_UNROLL for (int m = 0; m < M; ++m) {
+        T* y = out.y + out.offset[m];
+        MNV2_UNROLL for (int n = 0; n < N; ++n) Isa::store(y + n * kLanes, relu6(acc[m][n]));
+      }
+    }
+  };
+
+  // The product into a tensor: partial sums, residual and activation as asked for.
+  struct Output {
+    template <int M, int N>
+    static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
+      V acc[M][N];
+      begin<M, N>(acc, bias);
+      multiply<M, N>(acc, pixels, w);
+      if (out.accumulate) add<M, N>(acc, out.y, out);
+      if (out.residual) add<M, N>(acc, out.residual, out);
+      if (out.relu6) {
+        MNV2_UNROLL for (int m = 0; m < M; ++m) {
+          MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = relu6(acc[m][n]);
+        }
+      }
+      MNV2_UNROLL for (int m = 0; m < M; ++m) {
+        T* y = out.y + m * out.pixel_stride;
+        MNV2_UNROLL for (int n = 0; n < N - 1; ++n) Isa::store(y + n * kLanes, acc[m][n]);
+        if (out.tail) {
+          Isa::store_n(y + (N - 1) * kLanes, acc[m][N - 1], out.tail);
+        } else {
+          Isa::store(y + (N - 1) * kLanes, acc[m][N - 1]);
+        }
+      }
+    }
+
+    template <int M, int N>
+    static MNV2_INLINE void add(V (&acc)[M][N], const T* from, const Outputs& out) {
+      MNV2_UNROLL for (int m = 0; m < M; ++m) {
+        const T* x = from + m * out.pixel_stride;
+        MNV2_UNROLL for (int n = 0; n < N - 1; ++n) acc[m][n] = Isa::add(acc[m][n], Isa::load(x + n * kLanes));
+        const T* last = x + (N - 1) * kLanes;
+        acc[m][N - 1] = Isa::add(acc[m][N - 1], out.tail ? Isa::load_n(last, out.tail) : Isa::load(last));
+      }
+    }
+  };
+
+  // relu6 of the product, added over the pixels to the sums at y.
+  struct Pooled {
+    template <int M, int N>
+    static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
+      V acc[M][N];
+      begin<M, N>(acc, bias);
+      multiply<M, N>(acc, pixels, w);
+      MNV2_UNROLL for (int n = 0; n < N; ++n) {
+        V sum = Isa::load(out.y + n * kLanes);
+        MNV2_UNROLL for (int m = 0; m < M; ++m) sum = Isa::add(sum, relu6(acc[m][n]));
+        Isa::store(out.y + n * kLanes, sum);
+      }
+    }
+  };
+
+  // Runs Kind::tile<m, n> for run-time m <= kTileM and n <= kTileN.
+  using TileFunction = void (*)(const Pixels&, const T*, const T*, const Outputs&);
+  template <class Kind, int M = kTileM, int N = kTileN>
+  static TileFunction tile_function(int m, int n) {
+    if constexpr (N > 1) {
+      if (n < N) return tile_function<Kind, M, N - 1>(m, n);
+    }
+    if constexpr (M > 1) {
+      if (m < M) return tile_function<Kind, M - 1, N>(m, n);
+    }
+    return &Kind::template tile<M, N>;
+  }
+
+  // y[pixels][n0 .. n0 + n_count) for one panel of output channels, all pixels.
+  template <class Kind>
+  static void panel(Pixels pixels, const T* w, const T* bias, Outputs out, int pixel_count, int channels) {
+    const int n = ceil_div(channels, kLanes);
+    out.tail = channels % kLanes;
+    const int full = pixel_count / kTileM * kTileM;
+    const TileFunction whole = tile_function<Kind>(kTileM, n);
+    for (int p = 0; p < full; p += kTileM) {
+      whole(pixels, w, bias, out);
+      advance(pixels, out, kTileM);
+    }
+    if (full < pixel_count) tile_function<Kind>(pixel_count - full, n)(pixels, w, bias, out);
+  }
+
+  static MNV2_INLINE void advance(Pixels& pixels, Outputs& out, int count) {
+    pixels.offset += count * pixels.pixel_stride;
+    if (out.offset) {
+      out.offset += count;
+    } else {
+      out.y += count * out.pixel_stride;
+      if (out.residual) out.residual += count * out.pixel_stride;
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------- depthwise tile
+
+  struct Filter {
+    const T* weight;  // [9][kLanes]
+    const T* bias;
+    T* d;
+    int64_t d_row, d_column;  // strides
+    int dilation;
+  };
+
+  // R x C outputs of one vector of channels from rows[0 .. (R - 1) * S + 2 * dilation]. With D (dilation 1) every
+  // input is loaded once for all the outputs of its tile.
+  template <int S, bool D, int R, int C>
+  static void filter(const Filter& f, const T* const* rows, int column) {
+    V w[9], acc[R][C];
+    MNV2_UNROLL for (int i = 0; i < 9; ++i) w[i] = Isa::load(f.weight + i * kLanes);
+    const V bias = Isa::load(f.bias);
+    MNV2_UNROLL for (int r = 0; r < R; ++r) {
+      MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = bias;
+    }
+    const int64_t start = int64_t(column) * S * kPanel;
+    if constexpr (D) {
+      MNV2_UNROLL for (int i = 0; i < (R - 1) * S + 3; ++i) {
+        const T* row = rows[i] + start;
+        MNV2_UNROLL for (int j = 0; j < (C - 1) * S + 3; ++j) {
+          const V v = Isa::load(row + j * kPanel);
+          MNV2_UNROLL for (int r = 0; r < R; ++r) {
+            const int ky = i - r * S;
+            if (ky < 0 || ky > 2) continue;
+            MNV2_UNROLL for (int c = 0; c < C; ++c) {
+              const int kx = j - c * S;
+              if (kx >= 0 && kx <= 2) acc[r][c] = Isa::fmadd(v, w[ky * 3 + kx], acc[r][c]);
+            }
+          }
+        }
+      }
+    } else {
+      static_assert(R == 1, "dilated rows share no inputs");
+      MNV2_UNROLL for (int ky = 0; ky < 3; ++ky) {
+        const T* row = rows[ky * f.dilation] + start;
+        MNV2_UNROLL for (int kx = 0; kx < 3; ++kx) {
+          const T* x = row + kx * f.dilation * kPanel;
+          MNV2_UNROLL for (int c = 0; c < C; ++c) {
+            acc[0][c] = Isa::fmadd(Isa::load(x + c * S * kPanel), w[ky * 3 + kx], acc[0][c]);
+          }
+        }
+      }
+    }
+    MNV2_UNROLL for (int r = 0; r < R; ++r) {
+      MNV2_UNROLL for (int c = 0; c < C; ++c) {
+        Isa::store(f.d + r * f.d_row + (column + c) * f.d_column, relu6(acc[r][c]));
+      }
+    }
+  }
+
+  // The output columns [column, end) of R rows: whole tiles, then one of what is left.
+  template <int S, bool D, int R, int C = kColumns>
+  static MNV2_INLINE void filter_rows(const Filter& f, const T* const* rows, int column, int end) {
+    for (; column + C <= end; column += C) filter<S, D, R, C>(f, rows, column);
+    if constexpr (C > 1) {
+      if (column < end) filter_rows<S, D, R, C / 2>(f, rows, column, end);
+    }
+  }
+
+  template <int S, bool D>
+  static void filter_stripe(Filter f, const T* const* rows, int row_count, int column_count) {
+    T* d = f.d;
+    int r = 0;
+    if constexpr (D && kRows > 1) {
+      for (; r + kRows <= row_count; r += kRows) {
+        f.d = d + r * f.d_row;
+        filter_rows<S, D, kRows>(f, rows + r * S, 0, column_count);
+      }
+    }
+    for (; r < row_count; ++r) {
+      f.d = d + r * f.d_row;
+      filter_rows<S, D, 1>(f, rows + r * S, 0, column_count);
+    }
+  }
+
+  static void depthwise(const Filter& f, int stride, const T* const* rows, int row_count, int column_count) {
+    if (stride == 1 && f.dilation == 1) return filter_stripe<1, true>(f, rows, row_count, column_count);
+    if (stride == 2 && f.dilation == 1) return filter_stripe<2, true>(f, rows, row_count, column_count);
+    if (stride == 1) return filter_stripe<1, false>(f, rows, row_count, column_count);
+    return filter_stripe<2, false>(f, rows, row_count, column_count);
+  }
+
+  // ------------------------------------------------------------------------------------------------ dense 3x3
+
+  // Rows of the image, planar and with their side padding, as far as the dense 3x3 needs them: each copied once.
+  struct ImageRows {
+    const Step& s;
+    const Image& image;
+    const T* zeros;
+    T* ring;
+    int length, filled = 0;
+    static constexpr int kRing = 4;
+
+    ImageRows(const Step& step, const Image& source, T* scratch, const T* zero)
+        : s(step), image(source), zeros(zero), ring(scratch),
+          length(step.conv_pad_left + step.image_width + step.conv_pad_right) {}
+
+    T* at(int channel, int row) { return ring + int64_t(channel * kRing + row % kRing) * length; }
+
+    // The runs of the 3x3 for row `row` of its output.
+    void segments(int row, const T** segment) {
+      const int top = row * s.conv_stride - s.conv_pad_top;
+      for (int y = max(max(top, 0), filled); y < min(top + 3, s.image_height); ++y) fill(y);
+      filled = max(filled, top + 3);
+      for (int c = 0; c < s.image_channels; ++c) {
+        for (int ky = 0; ky < 3; ++ky) {
+          const int y = top + ky;
+          segment[c * 3 + ky] = y < 0 || y >= s.image_height ? zeros : at(c, y);
+        }
+      }
+    }
+
+    void fill(int row) {
+      for (int c = 0; c < s.image_channels; ++c) {
+        const T* from = static_cast<const T*>(image.data) + c * image.stride_channel + row * image.stride_row;
+        T* to = at(c, row);
+        for (int i = 0; i < s.conv_pad_left; ++i) to[i] = 0;
+        to += s.conv_pad_left;
+        if (image.stride_column == 1) {
+          for (int i = 0; i < s.image_width; ++i) to[i] = from[i];
+        } else {
+          for (int i = 0; i < s.image_width; ++i) to[i] = from[i * image.stride_column];
+        }
+        for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = 0;
+      }
+    }
+  };
+
+  static void conv(const Step& s, const void* packed_, const Image& image, void* y_, void* scratch_,
+                   const void* zeros_, int row0, int row1) {
+    const T* packed = static_cast<const T*>(packed_);
+    T* scratch = static_cast<T*>(scratch_);
+    const T** segment = reinterpret_cast<const T**>(scratch + s.rows_offset);
+    ImageRows rows(s, image, scratch + s.image_offset, static_cast<const T*>(zeros_));
+    const int k = s.image_channels * 9;
+    for (int row = row0; row < row1; ++row) {
+      rows.segments(row, segment);
+      T* y = static_cast<T*>(y_) + int64_t(row) * s.out_width * s.out_channels;
+      for (int n = 0; n < s.out_channels; n += kPanel) {
+        panel<Output>({segment, s.image_channels * 3, 3, 0, s.conv_stride}, packed + s.expand_weight + int64_t(n) * k,
+                      packed + s.expand_bias + n, {y + n, nullptr, s.out_channels, nullptr, false, true, 0},
+                      s.out_width, min(kPanel, s.out_channels - n));
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------------------------------------------- block
+
+  static void block(const Step& s, const void* packed_, const void* x_, const Image& image, void* y_, void* scratch_,
+                    const void* zeros_, int row0, int row1, int group0, int group1, void* partial_) {
+    const T* packed = static_cast<const T*>(packed_);
+    const T* x = static_cast<const T*>(x_);
+    const T* zeros = static_cast<const T*>(zeros_);
+    T* scratch = static_cast<T*>(scratch_);
+    T* ring = scratch;
+    T* d = scratch + s.d_offset;
+    T* y = static_cast<T*>(partial_ ? partial_ : y_);
+    const T** segment = reinterpret_cast<const T**>(scratch + s.rows_offset);
+    const T** rows = segment + s.image_channels * 3 + 1;
+    const int ring_pixels = s.ring_rows * s.width;
+    const int64_t ring_row = int64_t(s.row_length) * kPanel, ring_panel = s.ring_rows * ring_row;
+
+    zero_sides(s, ring);
+    for (int group = group0; group < group1; ++group) {
+      const int c0 = group * s.group_channels, c1 = min(c0 + s.group_channels, s.hidden_channels);
+      ImageRows image_rows(s, image, scratch + s.image_offset, zeros);
+      int filled = 0;  // rows of h before this one are in the ring, or no longer needed
+      for (int o0 = row0; o0 < row1; o0 += s.stripe) {
+        const int o1 = min(o0 + s.stripe, row1);
+        const int top = o0 * s.stride - s.pad_top, bottom = (o1 - 1) * s.stride - s.pad_top + 2 * s.dilation + 1;
+        const int h0 = max(max(top, 0), filled), h1 = max(h0, min(bottom, s.height));
+        filled = h1;
+
+        if (s.source == Step::kStem) {
+          for (int h = h0; h < h1; ++h) {
+            image_rows.segments(h, segment);
+            for (int c = c0; c < c1; c += kPanel) {
+              panel<Hidden>({segment, s.image_channels * 3, 3, 0, s.conv_stride},
+                            packed + s.expand_weight + int64_t(c) * s.image_channels * 9, packed + s.expand_bias + c,
+                            {ring + (s.whole ? 0 : (c - c0) / kPanel * ring_panel),
+                             s.pixel_offsets + h % s.ring_rows * s.width, 0, nullptr, false, true, 0},
+                            s.width, min(kPanel, c1 - c));
+            }
+            // With `whole` a second panel would overwrite the first: schedule.cpp gives the stem a ring of all panels.
+          }
+        }
+        for (int c = c0; c < c1; c += kPanel) {
+          T* h = ring + (s.whole ? 0 : (c - c0) / kPanel * ring_panel);
+          const int channels = min(kPanel, c1 - c);
+          if (s.source == Step::kExpand) {
+            segment[0] = x + int64_t(h0) * s.width * s.in_channels;
+            expand(s, segment, packed + s.expand_weight + int64_t(c) * s.in_channels, packed + s.expand_bias + c, h,
+                   h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels);
+          } else if (s.source == Step::kCopy) {
+            for (int row = h0; row < h1; ++row) copy_row(s, x, h, row, c, channels);
+          }
+          for (int i = 0; i < bottom - top; ++i) {
+            const int row = top + i;
+            rows[i] = row < 0 || row >= s.height ? zeros : h + row % s.ring_rows * ring_row;
+          }
+          for (int v = 0; v < channels; v += kLanes) {
+            const Filter f = {packed + s.depthwise_weight + int64_t(c + v) * 9,
+                              packed + s.depthwise_bias + c + v,
+                              d + (c - c0) + v,
+                              int64_t(s.out_width) * s.d_stride,
+                              s.d_stride,
+                              s.dilation};
+            depthwise(f, s.stride, rows, o1 - o0, s.out_width);
+            for (int i = 0; i < bottom - top; ++i) rows[i] += kLanes;
+          }
+        }
+
+        segment[0] = d;
+        const bool last = !partial_ && group + 1 == s.groups;
+        const int64_t pixel = int64_t(o0) * s.out_width;
+        for (int n = 0; n < s.out_channels; n += kPanel) {
+          const int channels = min(kPanel, s.out_channels - n);
+          const int width = ceil_div(channels, kLanes) * kLanes;
+          const T* residual = last && s.residual ? x + pixel * s.in_channels + n : nullptr;
+          panel<Output>({segment, 1, c1 - c0, 0, s.d_stride},
+                        packed + s.project_weight + int64_t(n) * s.hidden_channels + int64_t(c0) * width,
+                        group == 0 ? packed + s.project_bias + n : zeros,
+                        {y + pixel * s.out_channels + n, nullptr, s.out_channels, residual, !partial_ && group > 0,
+                         last && s.relu6, 0},
+                        (o1 - o0) * s.out_width, channels);
+        }
+      }
+    }
+  }
+
+  // `count` pixels of h from ring pixel `first` on, around the end of the ring where they reach it.
+  static void expand(const Step& s, const T* const* segment, const T* w, const T* bias, T* h, int first,
+                     int ring_pixels, int count, int channels) {
+    // The offsets table goes a tile beyond the ring's end, so only whole runs up to there need a cut.
+    Pixels pixels = {segment, 1, s.in_channels, 0, s.in_channels};
+    while (count > 0) {
+      const int to_end = ceil_div(ring_pixels - first, kTileM) * kTileM;
+      const int now = min(count, to_end);
+      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, false, true, 0}, now, channels);
+      pixels.offset += int64_t(now) * pixels.pixel_stride;
+      first = (first + now) % ring_pixels;
+      count -= now;
+    }
+  }
+
+  static void copy_row(const Step& s, const T* x, T* h, int row, int c, int channels) {
+    const T* from = x + int64_t(row) * s.width * s.in_channels + c;
+    const int32_t* offset = s.pixel_offsets + row % s.ring_rows * s.width;
+    for (int column = 0; column < s.width; ++column, from += s.in_channels) {
+      for (int v = 0; v < channels; v += kLanes) {
+        const int left = channels - v;
+        Isa::store(h + offset[column] + v, left < kLanes ? Isa::load_n(from + v, left) : Isa::load(from + v));
+      }
+    }
+  }
+
+  static void zero_sides(const Step& s, T* ring) {
+    const int panels = s.whole ? 1 : ceil_div(s.group_channels, kPanel);
+    const V zero = Isa::broadcast(T(0));
+    for (int64_t row = 0; row < int64_t(panels) * s.ring_rows; ++row) {
+      T* h = ring + row * s.row_length * kPanel;
+      for (int i = 0; i < s.row_length; ++i) {
+        if (i == s.pad_left) i += s.width;
+        if (i >= s.row_length) break;
+        for (int v = 0; v < kPanel; v += kLanes) Isa::store(h + i * kPanel + v, zero);
+      }
+    }
+  }
+
+  static void combine(const Step& s, const void* partials_, const void* x_, void* y_, int pixel0, int pixel1) {
+    const T* partials = static_cast<const T*>(partials_);
+    const T* x = static_cast<const T*>(x_);
+    T* y = static_cast<T*>(y_);
+    const int64_t size = int64_t(s.out_height) * s.out_width * s.out_channels;
+    const int64_t end = int64_t(pixel1) * s.out_channels;
+    for (int64_t i = int64_t(pixel0) * s.out_channels; i < end; i += kLanes) {
+      const int left = end - i < kLanes ? int(end - i) : 0;
+      V sum = left ? Isa::load_n(partials + i, left) : Isa::load(partials + i);
+      for (int g = 1; g < s.groups; ++g) {
+        const T* p = partials + g * size + i;
+        sum = Isa::add(left ? Isa::load_n(p, left) : Isa::load(p), sum);
+      }
+      if (s.residual) sum = Isa::add(sum, left ? Isa::load_n(x + i, left) : Isa::load(x + i));
+      if (s.relu6) sum = relu6(sum);
+      left ? Isa::store_n(y + i, sum, left) : Isa::store(y + i, sum);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ head, classifier
+
+  static void pointwise(const Step& s, const void* packed_, const void* x_, void* y_, int panel0, int panel1) {
+    const T* packed = static_cast<const T*>(packed_);
+    const T* segment[1] = {static_cast<const T*>(x_)};
+    const int pixels = s.height * s.width;
+    for (int n = panel0 * kPanel; n < min(panel1 * kPanel, s.out_channels); n += kPanel) {
+      const int channels = min(kPanel, s.out_channels - n);
+      T* y = static_cast<T*>(y_) + n;
+      const T* w = packed + s.project_weight + int64_t(n) * s.in_channels;
+      const T* bias = packed + s.project_bias + n;
+      const Pixels a = {segment, 1, s.in_channels, 0, s.in_channels};
+      if (!s.pooled) {
+        panel<Output>(a, w, bias, {y, nullptr, s.out_channels, nullptr, false, true, 0}, pixels, channels);
+        continue;
+      }
+      T sum[kPanel] = {};
+      panel<Pooled>(a, w, bias, {sum, nullptr, 0, nullptr, false, true, 0}, pixels, channels);
+      for (int i = 0; i < channels; ++i) y[i] = sum[i] / T(pixels);
+    }
+  }
+
+  static void pool(const Step& s, const void* x_, void* y_) {
+    const int pixels = s.height * s.width;
+    for (int c = 0; c < s.in_channels; c += kLanes) {
+      const int left = s.in_channels - c;
+      V sum = Isa::broadcast(T(0));
+      for (int p = 0; p < pixels; ++p) {
+        const T* x = static_cast<const T*>(x_) + int64_t(p) * s.in_channels + c;
+        sum = Isa::add(sum, left < kLanes ? Isa::load_n(x, left) : Isa::load(x));
+      }
+      T buffer[kLanes];
+      Isa::store(buffer, sum);
+      for (int i = 0; i < min(left, kLanes); ++i) static_cast<T*>(y_)[c + i] = buffer[i] / T(pixels);
+    }
+  }
+
+  // A single row has too few accumulators to hide the latency of its chains, and is bound by reading the weights:
+  // several panels at once. The order of every sum stays that of the tile.
+  static constexpr int kStreams = Isa::kStreams;
+  static void row_panels(const T* x, int k, const T* w, const T* bias, T* y, int64_t panel_size) {
+    V acc[kStreams][kTileN];
+    MNV2_UNROLL for (int i = 0; i < kStreams; ++i) {
+      MNV2_UNROLL for (int n = 0; n < kTileN; ++n) acc[i][n] = Isa::load(bias + (i * kTileN + n) * kLanes);
+    }
+    for (int j = 0; j < k; ++j) {
+      const V a = Isa::broadcast_load(x + j);
+      MNV2_UNROLL for (int i = 0; i < kStreams; ++i) {
+        MNV2_UNROLL for (int n = 0; n < kTileN; ++n) {
+          acc[i][n] = Isa::fmadd(a, Isa::load(w + i * panel_size + n * kLanes), acc[i][n]);
+        }
+      }
+      w += kPanel;
+    }
+    MNV2_UNROLL for (int i = 0; i < kStreams; ++i) {
+      MNV2_UNROLL for (int n = 0; n < kTileN; ++n) Isa::store(y + (i * kTileN + n) * kLanes, acc[i][n]);
+    }
+  }
+
+  static void linear(const Step& s, const void* packed_, const void* x_, void* y_, int64_t rows, int panel0,
+                     int panel1) {
+    const T* packed = static_cast<const T*>(packed_);
+    const T* segment[1] = {static_cast<const T*>(x_)};
+    const int k = s.in_channels;
+    for (int p = panel0; p < panel1; ++p) {
+      const int n = p * kPanel;
+      T* y = static_cast<T*>(y_) + n;
+      const T* w = packed + s.project_weight + int64_t(n) * k;
+      const T* bias = packed + s.project_bias + n;
+      if (rows == 1 && p + kStreams <= panel1 && n + kStreams * kPanel <= s.out_channels) {
+        row_panels(segment[0], k, w, bias, y, int64_t(k) * kPanel);
+        p += kStreams - 1;
+        continue;
+      }
+      panel<Output>({segment, 1, k, 0, k}, w, bias, {y, nullptr, s.out_channels, nullptr, false, false, 0}, int(rows),
+                    min(kPanel, s.out_channels - n));
+    }
+  }
+
+  // ----------------------------------------------------------------------------------------------------- peak
+
+  static double fma_loop(int64_t iterations) {
+    constexpr int kChains = Isa::kTileM * Isa::kTileN;
+    V acc[kChains], a = Isa::broadcast(T(0.999)), b = Isa::broadcast(T(0.001));
+    MNV2_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = Isa::broadcast(T(i));
+    for (int64_t j = 0; j < iterations; ++j) {
+      asm volatile("" ::: "memory");
+      MNV2_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = Isa::fmadd(acc[i], a, b);
+    }
+    V sum = acc[0];
+    MNV2_UNROLL for (int i = 1; i < kChains; ++i) sum = Isa::add(sum, acc[i]);
+    T buffer[kLanes];
+    Isa::store(buffer, sum);
+    asm volatile("" ::"r"(buffer) : "memory");  // used, so that the loop is not dropped
+    return double(iterations) * kChains * kLanes;
+  }
+
+  static constexpr Kernel kernel(const char* name, Dtype dtype, const char* const* features) {
+    return {name, dtype, features, kTiles, block, combine, conv, pointwise, pool, linear, fma_loop};
+  }
+};

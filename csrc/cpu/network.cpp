@@ -1,0 +1,243 @@
+// Runs a program: images one per thread, depth first, and what is left over shared by all threads.
+#include "network.h"
+
+#include <xmmintrin.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace mnv2_fused {
+namespace {
+
+// Working memory is kept between calls, one block for each call that runs at the same time: a few MB whose pages
+// the system would otherwise zero anew for every image.
+class Arena {
+ public:
+  explicit Arena(size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(mutex());
+      if (!idle().empty()) {
+        block_ = std::move(idle().back());
+        idle().pop_back();
+      }
+    }
+    if (block_.size < bytes) {
+      block_.data.reset();
+      block_.data.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      if (!block_.data) throw std::bad_alloc();
+      block_.size = bytes;
+    }
+  }
+  ~Arena() {
+    std::lock_guard<std::mutex> lock(mutex());
+    idle().push_back(std::move(block_));
+  }
+  char* data() const { return block_.data.get(); }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  struct Block {
+    std::unique_ptr<char, Free> data;
+    size_t size = 0;
+  };
+  static std::mutex& mutex() {
+    static std::mutex m;
+    return m;
+  }
+  static std::vector<Block>& idle() {
+    static std::vector<Block> blocks;
+    return blocks;
+  }
+  Block block_;
+};
+
+// Denormals as zero, for the kernels only: they would slow them down a hundredfold on some CPUs.
+class FlushDenormals {
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+};
+
+// Workers that go through the same phases. A phase is over when its tasks are done, not when all workers have come:
+// whoever runs takes what is left, so that no worker waits for one that the thread pool has not started.
+class Team {
+ public:
+  Team(int size, int phases) : size_(size), counters_(size_t(phases) * (size + 1)) {}
+  int size() const { return size_; }
+
+  struct Worker {
+    Team* team;
+    int index;
+    int phase = 0;
+
+    template <class Task>
+    void run(int tasks, const Task& task) {
+      const int size = team->size_;
+      Counter* next = &team->counters_[size_t(phase++) * (size + 1)];
+      std::atomic<int>& done = next[size].value;
+      for (int i = 0; i < size; ++i) {  // one's own share first: its data is in this core's cache
+        const int owner = (index + i) % size;
+        const int begin = int(int64_t(tasks) * owner / size), end = int(int64_t(tasks) * (owner + 1) / size);
+        for (;;) {
+          if (begin + next[owner].value.load(std::memory_order_relaxed) >= end) break;
+          const int t = begin + next[owner].value.fetch_add(1, std::memory_order_relaxed);
+          if (t >= end) break;
+          task(t);
+          done.fetch_add(1, std::memory_order_release);
+        }
+      }
+      for (int spins = 0; done.load(std::memory_order_acquire) < tasks; ++spins) {
+        spins < 4096 ? _mm_pause() : std::this_thread::yield();
+      }
+    }
+  };
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int> value{0};
+  };
+  int size_;
+  std::vector<Counter> counters_;
+};
+
+struct Runner {
+  const Program& program;
+  const Call& call;
+  const int threads;
+  const int64_t element = program.kernel->dtype == Dtype::kFloat32 ? 4 : 8;
+  const bool linear = program.steps.back().kind == Layer::kLinear;
+  char *zeros = nullptr, *features = nullptr, *partials = nullptr, *workers = nullptr;
+
+  int64_t features_size() const { return linear ? (call.batch * program.features + 15) / 16 * 16 : 0; }
+  int64_t worker_size() const { return 2 * program.activation_size + program.scratch_size; }
+  int64_t arena_size() const {
+    return (program.zeros_size + features_size() + program.partial_size + threads * worker_size()) * element;
+  }
+  void use(char* arena) {
+    zeros = arena;
+    features = zeros + program.zeros_size * element;
+    partials = features + features_size() * element;
+    workers = partials + program.partial_size * element;
+    std::memset(zeros, 0, program.zeros_size * element);
+  }
+  char* activation(int worker, int which) const {
+    return workers + (worker * worker_size() + which * program.activation_size) * element;
+  }
+  char* scratch(int worker) const { return activation(worker, 2); }
+
+  // One image through all layers but the classifier. `run(tasks, task)` runs a phase; activations are `owner`'s.
+  template <class Phase>
+  void image(int64_t index, int owner, int worker, bool shared, const Phase& phase) const {
+    const Kernel& kernel = *program.kernel;
+    Image image = call.image;
+    const char* x = static_cast<const char*>(call.x) + index * call.stride_batch * element;
+    image.data = x;
+    const size_t count = program.steps.size() - linear;
+    const int slices = shared ? threads : 1;
+    for (size_t i = 0; i < count; ++i) {
+      const Step& s = program.steps[i];
+      char* y = activation(owner, i % 2);
+      if (i + 1 == count) {
+        const int64_t size = program.flat ? (linear ? program.features : program.out_channels)
+                                          : program.out_channels * program.out_height * program.out_width;
+        y = (linear ? features : static_cast<char*>(call.y)) + index * size * element;
+      }
+      const auto cut = [&](int total, int slice) { return int(int64_t(total) * slice / slices); };
+      switch (s.kind) {
+        case Layer::kConv3x3:
+          phase(slices, [&](int t) {
+            kernel.conv(s, call.packed, image, y, scratch(worker), zeros, cut(s.out_height, t), cut(s.out_height, t + 1));
+          });
+          break;
+        case Layer::kBlock:
+          if (!shared || s.groups == 1) {
+            phase(slices, [&](int t) {
+              kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, cut(s.out_height, t),
+                           cut(s.out_height, t + 1), 0, s.groups, nullptr);
+            });
+          } else {
+            const int pixels = s.out_height * s.out_width;
+            phase(s.groups, [&](int g) {
+              kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, 0, s.out_height, g, g + 1,
+                           partials + g * int64_t(pixels) * s.out_channels * element);
+            });
+            phase(slices, [&](int t) {
+              kernel.combine(s, partials, x, y, cut(pixels, t), cut(pixels, t + 1));
+            });
+          }
+          break;
+        case Layer::kPointwise: {
+          const int panels = panel_count(s);
+          phase(slices, [&](int t) { kernel.pointwise(s, call.packed, x, y, cut(panels, t), cut(panels, t + 1)); });
+          break;
+        }
+        case Layer::kPool:
+          phase(1, [&](int) { kernel.pool(s, x, y); });
+          break;
+        case Layer::kLinear:
+          break;
+      }
+      x = y;
+    }
+  }
+
+  int panel_count(const Step& s) const {
+    const int panel = program.kernel->tiles.panel;
+    return (s.out_channels + panel - 1) / panel;
+  }
+
+  void classify(int slice, int slices) const {
+    const Step& s = program.steps.back();
+    const int panels = panel_count(s);
+    program.kernel->linear(s, call.packed, features, call.y, call.batch, int(int64_t(panels) * slice / slices),
+                           int(int64_t(panels) * (slice + 1) / slices));
+  }
+
+  void work(Team::Worker worker) const {
+    const FlushDenormals flush;
+    const int w = worker.index;
+    const int64_t whole = call.batch / threads * threads;
+    const auto alone = [](int tasks, const auto& task) {
+      for (int t = 0; t < tasks; ++t) task(t);
+    };
+    worker.run(int(whole), [&](int i) { image(i, w, w, false, alone); });
+    for (int64_t i = whole; i < call.batch; ++i) {
+      image(i, 0, w, true, [&](int tasks, const auto& task) { worker.run(tasks, task); });
+    }
+    if (linear) worker.run(threads, [&](int t) { classify(t, threads); });
+  }
+};
+
+}  // namespace
+
+void run(const Program& program, const Call& call, int threads, Parallel parallel) {
+  Runner runner{program, call, threads};
+  const Arena arena(runner.arena_size());
+  runner.use(arena.data());
+  const int phases = 2 + (threads - 1) * 2 * int(program.steps.size());
+  Team team(threads, phases);
+  if (threads == 1) return runner.work({&team, 0});
+  struct Context {
+    Runner* runner;
+    Team* team;
+  } context = {&runner, &team};
+  parallel(
+      threads,
+      [](int64_t begin, int64_t end, void* c) {
+        auto* context = static_cast<Context*>(c);
+        for (int64_t i = begin; i < end; ++i) context->runner->work({context->team, int(i)});
+      },
+      &context);
+}
+
+}  // namespace mnv2_fused

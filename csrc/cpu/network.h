@@ -1,0 +1,63 @@
+// From a plan to a result: packing the weights, resolving the schedule for an image size, running it on threads.
+// Plain C++ that knows no ISA and no torch; the kernels it calls are rows of the table in dispatch.cpp.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../inverted_residual.h"
+
+namespace mnv2_fused {
+
+// --- dispatch.cpp
+
+// The rows of the table, best first.
+const std::vector<const Kernel*>& kernels();
+// "" when this CPU can run the row, else why not.
+std::string why_unsupported(const Kernel& kernel);
+// The row that serves a dtype: the best supported, or the one that MNV2_FUSED_KERNEL names. Throws
+// std::invalid_argument when the override is impossible.
+const Kernel& select_kernel(Dtype dtype);
+std::vector<std::pair<std::string, bool>> cpu_features();
+const char* dtype_name(Dtype dtype);
+
+// --- pack.cpp
+
+// Elements of a layer's weight, bias, weight, bias, ... as PyTorch has them, and of all of them packed.
+std::vector<int64_t> weight_sizes(const Layer& layer);
+int64_t packed_size(const Layer& layer, const Tiles& tiles);
+// `weights` points to each of them in that order.
+void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const* weights, void* packed);
+
+// --- schedule.cpp
+
+struct Program {
+  const Kernel* kernel;
+  std::vector<Step> steps;
+  std::vector<std::vector<int32_t>> pixel_offsets;  // what the steps point to
+  int64_t image_size;                               // elements of an image at the input
+  int64_t out_channels, out_height, out_width;      // of the result; 1 x 1 once pooled
+  bool flat;                                        // the result is [N, out_channels]
+  int64_t activation_size, scratch_size, partial_size, zeros_size, features;  // in elements
+};
+
+int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation);
+Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t height, int64_t width);
+
+// --- network.cpp
+
+struct Call {
+  const void* packed;
+  const void* x;  // NHWC images, or where the first layer is a dense 3x3 anything with these strides
+  int64_t batch, stride_batch;
+  Image image;  // strides of x
+  void* y;
+};
+
+// parallel(n, body, context) runs body(begin, end, context) over [0, n) on the caller's thread pool.
+using Parallel = void (*)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+void run(const Program& program, const Call& call, int threads, Parallel parallel);
+
+}  // namespace mnv2_fused

@@ -1,0 +1,95 @@
+// Weights from PyTorch's layouts to the packed one described in inverted_residual.h.
+#include <algorithm>
+
+#include "network.h"
+
+namespace mnv2_fused {
+namespace {
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The convolutions of a layer in order: outputs, and the inputs of each output (9 of a depthwise one).
+struct Convolution {
+  int64_t n, k;
+  bool depthwise;
+};
+
+std::vector<Convolution> convolutions(const Layer& layer) {
+  switch (layer.kind) {
+    case Layer::kConv3x3:
+      return {{layer.out_channels, layer.in_channels * 9, false}};
+    case Layer::kPointwise:
+    case Layer::kLinear:
+      return {{layer.out_channels, layer.in_channels, false}};
+    case Layer::kBlock: {
+      std::vector<Convolution> all;
+      if (layer.expand) all.push_back({layer.hidden_channels, layer.in_channels, false});
+      all.push_back({layer.hidden_channels, 9, true});
+      all.push_back({layer.out_channels, layer.hidden_channels, false});
+      return all;
+    }
+    default:
+      return {};
+  }
+}
+
+// w [n][k] to panels [k][width]; blocks of 16 inputs keep both sides in L1.
+template <class T>
+void pack_panels(const T* w, int64_t n_count, int64_t k_count, const Tiles& tiles, T* packed) {
+  for (int64_t n0 = 0; n0 < n_count; n0 += tiles.panel) {
+    const int64_t n1 = std::min<int64_t>(n0 + tiles.panel, n_count), width = round_up(n1 - n0, tiles.lanes);
+    T* out = packed + n0 * k_count;
+    for (int64_t k0 = 0; k0 < k_count; k0 += 16) {
+      const int64_t k1 = std::min<int64_t>(k0 + 16, k_count);
+      for (int64_t n = n0; n < n0 + width; ++n) {
+        const T* row = w + n * k_count;
+        for (int64_t k = k0; k < k1; ++k) out[k * width + n - n0] = n < n1 ? row[k] : T(0);
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weights, T* packed) {
+  for (const Convolution& c : convolutions(layer)) {
+    const T *w = static_cast<const T*>(*weights++), *bias = static_cast<const T*>(*weights++);
+    const int64_t n = round_up(c.n, tiles.lanes);
+    if (c.depthwise) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          packed[(i / tiles.lanes * 9 + tap) * tiles.lanes + i % tiles.lanes] = i < c.n ? w[i * 9 + tap] : T(0);
+        }
+      }
+    } else {
+      pack_panels(w, c.n, c.k, tiles, packed);
+    }
+    packed += n * c.k;
+    std::copy_n(bias, c.n, packed);
+    std::fill(packed + c.n, packed + n, T(0));
+    packed += n;
+  }
+}
+
+}  // namespace
+
+std::vector<int64_t> weight_sizes(const Layer& layer) {
+  std::vector<int64_t> sizes;
+  for (const Convolution& c : convolutions(layer)) sizes.insert(sizes.end(), {c.n * c.k, c.n});
+  return sizes;
+}
+
+int64_t packed_size(const Layer& layer, const Tiles& tiles) {
+  int64_t size = 0;
+  for (const Convolution& c : convolutions(layer)) size += round_up(c.n, tiles.lanes) * (c.k + 1);
+  return size;
+}
+
+void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const* weights, void* packed) {
+  if (dtype == Dtype::kFloat32) {
+    pack_layer(layer, tiles, weights, static_cast<float*>(packed));
+  } else {
+    pack_layer(layer, tiles, weights, static_cast<double*>(packed));
+  }
+}
+
+}  // namespace mnv2_fused

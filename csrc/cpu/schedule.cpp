@@ -1,0 +1,200 @@
+// The geometry of every layer for one image size, its place in the packed weights, and the order of its work.
+#include <algorithm>
+
+#include "network.h"
+
+namespace mnv2_fused {
+namespace {
+
+// Up to this many pixels of h a block runs a whole plane at once, so that its weights, by then larger than the image,
+// are read once; and its hidden channels are cut into groups, which is what threads share where rows are few.
+constexpr int64_t kPlanePixels = 256;
+constexpr int64_t kMaxGroups = 4, kMinGroupChannels = 96;
+// A stripe's rows of one panel of h should stay in L1 between the expansion and the depthwise stage.
+constexpr int64_t kPanelBytes = 40 << 10;
+constexpr int kMaxStripe = 8;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Resolver {
+  const Kernel& kernel;
+  const Tiles& tiles;
+  Program program;
+  int64_t packed = 0;  // offset of the next weights
+
+  int64_t element_size() const { return kernel.dtype == Dtype::kFloat32 ? 4 : 8; }
+
+  // Claims a convolution's place: weight, then bias.
+  void place(int64_t n, int64_t k, int64_t* weight, int64_t* bias) {
+    *weight = packed;
+    *bias = packed + round_up(n, tiles.lanes) * k;
+    packed = *bias + round_up(n, tiles.lanes);
+  }
+
+  static void set_conv(Step& step, const Layer& layer, int64_t height, int64_t width) {
+    step.image_channels = int(layer.in_channels);
+    step.image_height = int(height);
+    step.image_width = int(width);
+    step.conv_stride = int(layer.stride);
+    step.conv_pad_left = int(layer.pad_left);
+    step.conv_pad_right = int(layer.pad_right);
+    step.conv_pad_top = int(layer.pad_top);
+  }
+
+  int64_t image_ring(const Step& step) const {
+    const int64_t length = step.conv_pad_left + step.image_width + step.conv_pad_right;
+    program_zeros(length);
+    return step.image_channels * 4 * length;
+  }
+
+  mutable int64_t zeros = 0;
+  void program_zeros(int64_t size) const { zeros = std::max(zeros, size); }
+
+  // Scratch: ring of h | d | row pointers | image rows.
+  void lay_out_scratch(Step& step, int64_t ring, int64_t d, int64_t pointers) {
+    step.d_offset = round_up(ring, tiles.lanes);
+    step.rows_offset = step.d_offset + round_up(d, 16);
+    step.image_offset = step.rows_offset + round_up(pointers * 8 / element_size() + 1, 16);
+    step.scratch_size = round_up(step.image_offset + image_ring(step), 16);
+    program.scratch_size = std::max(program.scratch_size, step.scratch_size);
+  }
+
+  void block(Step& step) {
+    const int64_t panel = tiles.panel, hidden = step.hidden_channels;
+    step.row_length = step.pad_left + step.width + std::max(0, step.pad_right);
+    const int64_t reach = 2 * step.dilation + 1;
+    const auto rows = [&](int64_t stripe) { return (stripe - 1) * step.stride + reach; };
+
+    step.whole = step.source != Step::kStem && int64_t(step.height) * step.width <= kPlanePixels;
+    step.groups = 1;
+    step.stripe = step.out_height;
+    if (step.whole) {
+      step.groups = int(std::clamp<int64_t>(hidden / kMinGroupChannels, 1, kMaxGroups));
+    } else {
+      const int64_t row_bytes = step.row_length * panel * element_size();
+      step.stripe = kMaxStripe;
+      while (step.stripe > 1 && rows(step.stripe) * row_bytes > kPanelBytes) --step.stripe;
+      if (step.stripe > 1) step.stripe = step.stripe / 2 * 2;
+      step.stripe = std::min(step.stripe, step.out_height);
+    }
+    step.group_channels = int(round_up(ceil_div(hidden, step.groups), panel));
+    step.groups = int(ceil_div(hidden, step.group_channels));
+    step.ring_rows = int(rows(step.stripe));
+    step.d_stride = int(round_up(std::min<int64_t>(step.group_channels, hidden), tiles.lanes));
+    if (step.d_stride * element_size() % 4096 == 0) step.d_stride += tiles.lanes;  // pixels would share cache sets
+
+    const int64_t panels = step.whole ? 1 : ceil_div(step.group_channels, panel);
+    const int64_t ring = panels * step.ring_rows * step.row_length * panel;
+    const int64_t d = int64_t(step.stripe) * step.out_width * step.d_stride;
+    lay_out_scratch(step, ring, d, step.image_channels * 3 + 1 + step.ring_rows);
+    program_zeros(step.row_length * panel);
+    if (step.groups > 1) {
+      const int64_t out = int64_t(step.out_height) * step.out_width * step.out_channels;
+      program.partial_size = std::max(program.partial_size, round_up(out * step.groups, 16));
+    }
+
+    std::vector<int32_t> offsets(int64_t(step.ring_rows) * step.width + tiles.tile_m);
+    for (size_t i = 0; i < offsets.size(); ++i) {
+      const int64_t pixel = int64_t(i) % (int64_t(step.ring_rows) * step.width);
+      offsets[i] = int32_t((pixel / step.width * step.row_length + step.pad_left + pixel % step.width) * panel);
+    }
+    program.pixel_offsets.push_back(std::move(offsets));
+    step.pixel_offsets = program.pixel_offsets.back().data();
+  }
+};
+
+}  // namespace
+
+int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation) {
+  const int64_t room = in + pad - 2 * dilation - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t height, int64_t width) {
+  Resolver resolver{kernel, kernel.tiles, {}};
+  Program& program = resolver.program;
+  program.kernel = &kernel;
+  program.image_size = layers[0].in_channels * height * width;
+  program.pixel_offsets.reserve(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer* layer = &layers[i];
+    Step step{};
+    step.kind = Layer::Kind(layer->kind);
+    const bool next_pools = i + 1 < layers.size() && layers[i + 1].kind == Layer::kPool;
+    if (layer->kind == Layer::kConv3x3) {
+      Resolver::set_conv(step, *layer, height, width);
+      resolver.place(layer->out_channels, layer->in_channels * 9, &step.expand_weight, &step.expand_bias);
+      height = out_extent(height, layer->pad_top + layer->pad_bottom, layer->stride, 1);
+      width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, 1);
+      // A block without an expansion reads the stem's rows as its h: the stem is the expansion.
+      const Layer* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
+      if (next && next->kind == Layer::kBlock && !next->expand && !next->residual) {
+        step.kind = Layer::kBlock;
+        step.source = Step::kStem;
+        layer = next;
+        ++i;
+      }
+    } else if (layer->kind == Layer::kBlock) {
+      step.source = layer->expand ? Step::kExpand : Step::kCopy;
+    }
+    step.in_channels = int(layer->in_channels);
+    step.hidden_channels = int(layer->hidden_channels);
+    step.out_channels = int(layer->out_channels);
+    step.height = step.out_height = int(height);
+    step.width = step.out_width = int(width);
+
+    switch (step.kind) {
+      case Layer::kBlock:
+        step.stride = int(layer->stride);
+        step.dilation = int(layer->dilation);
+        step.pad_left = int(layer->pad_left);
+        step.pad_right = int(layer->pad_right);
+        step.pad_top = int(layer->pad_top);
+        step.residual = layer->residual;
+        step.relu6 = layer->relu6;
+        if (step.source == Step::kExpand) {
+          resolver.place(step.hidden_channels, step.in_channels, &step.expand_weight, &step.expand_bias);
+        }
+        resolver.place(step.hidden_channels, 9, &step.depthwise_weight, &step.depthwise_bias);
+        resolver.place(step.out_channels, step.hidden_channels, &step.project_weight, &step.project_bias);
+        height = out_extent(height, layer->pad_top + layer->pad_bottom, layer->stride, layer->dilation);
+        width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, layer->dilation);
+        step.out_height = int(height);
+        step.out_width = int(width);
+        if (height > 0 && width > 0) resolver.block(step);
+        break;
+      case Layer::kConv3x3:
+        resolver.lay_out_scratch(step, 0, 0, step.image_channels * 3);
+        break;
+      case Layer::kPointwise:
+        resolver.place(step.out_channels, step.in_channels, &step.project_weight, &step.project_bias);
+        if (next_pools) {
+          step.pooled = true;
+          ++i;
+        }
+        break;
+      case Layer::kPool:
+        break;
+      case Layer::kLinear:
+        resolver.place(step.out_channels, step.in_channels, &step.project_weight, &step.project_bias);
+        break;
+    }
+    if (step.kind == Layer::kPool || step.pooled) {
+      height = width = 1;
+      program.flat = true;
+      program.features = step.out_channels;
+    } else if (step.kind != Layer::kLinear && i + 1 < layers.size()) {
+      program.activation_size = std::max(program.activation_size, height * width * step.out_channels);
+    }
+    program.out_channels = step.out_channels;
+    program.steps.push_back(step);
+  }
+  program.out_height = height;
+  program.out_width = width;
+  program.activation_size = round_up(program.activation_size, 16);
+  program.zeros_size = round_up(std::max<int64_t>(resolver.zeros, kernel.tiles.panel), 16);
+  return std::move(resolver.program);
+}
+
+}  // namespace mnv2_fused

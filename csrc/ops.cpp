@@ -1,0 +1,228 @@
+// The torch-facing side, and the only one: schemas, checks, allocation, torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/network.h"
+
+namespace mnv2_fused {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
+                  " must be float32 or float64; these kernels compute in no other dtype");
+  return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
+}
+
+// A dense copy where the tensor is not dense, in the order in which its weights are packed.
+Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
+  bool fits = t.dim() == int64_t(expected.size());
+  for (size_t i = 0; fits && i < expected.size(); ++i) fits = t.size(i) == expected[i];
+  if (!fits) {
+    std::ostringstream shape;
+    for (size_t i = 0; i < expected.size(); ++i) shape << (i ? ", " : "") << expected[i];
+    STD_TORCH_CHECK(false, name, " must have shape [", shape.str(), "], got ", shape_of(t));
+  }
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the device of x");
+  return torch::stable::contiguous(t);
+}
+
+struct Plan {
+  const Kernel* kernel;
+  std::vector<Layer> layers;
+};
+
+Plan parse(const std::vector<int64_t>& plan) {
+  const int64_t fields = Layer::kFields, count = int64_t(plan.size()) - 1;
+  STD_TORCH_CHECK(count >= fields && count % fields == 0, "plan must be a kernel's index and ", fields,
+                  " integers for each layer, got ", plan.size(), " integers");
+  STD_TORCH_CHECK(plan[0] >= 0 && plan[0] < int64_t(kernels().size()), "plan names kernel ", plan[0], " of ",
+                  kernels().size());
+  Plan parsed{kernels()[plan[0]], {}};
+  const std::string reason = why_unsupported(*parsed.kernel);
+  STD_TORCH_CHECK(reason.empty(), parsed.kernel->name, " cannot run: ", reason);
+  int64_t channels = -1;
+  bool pooled = false;
+  for (int64_t at = 1; at < int64_t(plan.size()); at += fields) {
+    const int64_t* f = &plan[at];
+    const Layer l = {f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], f[10], f[11], f[12]};
+    const int64_t index = (at - 1) / fields;
+    const auto check = [&](bool ok, const char* what) { STD_TORCH_CHECK(ok, "layer ", index, " of the plan: ", what); };
+    const auto size = [](int64_t n) { return n >= 1 && n <= (1 << 20); };
+    const auto pad = [](int64_t n) { return n >= 0 && n <= (1 << 20); };
+    check(l.kind >= Layer::kConv3x3 && l.kind <= Layer::kLinear, "unknown kind");
+    check(size(l.in_channels) && size(l.out_channels), "channels must be 1 to 2^20");
+    check(channels < 0 || l.in_channels == channels, "in_channels differ from the layer before");
+    check(l.kind != Layer::kConv3x3 || index == 0, "a dense 3x3 must be the first layer");
+    check(l.kind != Layer::kLinear || (pooled && at + fields == int64_t(plan.size())),
+          "a linear layer must follow the pooling and be the last");
+    check(!pooled || l.kind == Layer::kLinear, "only a linear layer may follow the pooling");
+    check(l.kind != Layer::kPool || l.in_channels == l.out_channels, "pooling keeps the channels");
+    if (l.kind == Layer::kBlock || l.kind == Layer::kConv3x3) {
+      check(l.stride == 1 || l.stride == 2, "stride must be 1 or 2");
+      check(size(l.dilation) && (l.kind == Layer::kBlock || l.dilation == 1), "dilation must be at least 1");
+      check(pad(l.pad_left) && pad(l.pad_right) && pad(l.pad_top) && pad(l.pad_bottom), "padding must be 0 to 2^20");
+    }
+    if (l.kind == Layer::kBlock) {
+      check(size(l.hidden_channels), "hidden_channels must be 1 to 2^20");
+      check(l.expand || l.hidden_channels == l.in_channels, "without expansion hidden_channels are in_channels");
+      check(!l.residual || (l.stride == 1 && l.in_channels == l.out_channels &&
+                            l.pad_left + l.pad_right == 2 * l.dilation && l.pad_top + l.pad_bottom == 2 * l.dilation),
+            "a residual needs an output of the input's shape");
+    }
+    pooled = l.kind == Layer::kPool;
+    channels = l.out_channels;
+    parsed.layers.push_back(l);
+  }
+  return parsed;
+}
+
+Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryFormat format) {
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+void on_torch_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+Tensor execute(const Plan& plan, const Tensor& input, const void* packed) {
+  STD_TORCH_CHECK(input.dim() == 4, "x must be [N, C, H, W], got ", shape_of(input));
+  STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
+                  " channels, got ", shape_of(input));
+  STD_TORCH_CHECK(dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype), ", which ",
+                  plan.kernel->name, " computes in");
+  STD_TORCH_CHECK(input.size(2) > 0 && input.size(3) > 0 && input.size(2) < (1 << 30) && input.size(3) < (1 << 30),
+                  "x must have a height and a width of at least 1, got ", shape_of(input));
+  const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
+  const Tensor x = any_strides ? input : torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const Program program = schedule(*plan.kernel, plan.layers, x.size(2), x.size(3));
+  STD_TORCH_CHECK(program.out_height > 0 && program.out_width > 0, "x of shape ", shape_of(input),
+                  " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
+  const Tensor y = program.flat ? new_tensor({x.size(0), program.out_channels}, x, MemoryFormat::Contiguous)
+                                : new_tensor({x.size(0), program.out_channels, program.out_height, program.out_width}, x,
+                                             MemoryFormat::ChannelsLast);
+  if (x.size(0) == 0) return y;
+  Call call{};
+  call.packed = packed;
+  call.x = x.data_ptr();
+  call.batch = x.size(0);
+  call.stride_batch = any_strides ? x.stride(0) : program.image_size;
+  call.image = {nullptr, x.stride(1), x.stride(2), x.stride(3)};
+  call.y = y.data_ptr();
+  run(program, call, int(torch::stable::get_num_threads()), on_torch_threads);
+  return y;
+}
+
+Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
+  const Plan plan = parse(integers);
+  STD_TORCH_CHECK(weights.dim() == 1 && weights.is_cpu() && weights.is_contiguous(),
+                  "weights must be one dense row on the CPU, got ", shape_of(weights));
+  STD_TORCH_CHECK(dtype_of(weights, "weights") == plan.kernel->dtype, "weights must be ",
+                  dtype_name(plan.kernel->dtype));
+  const int64_t element = int64_t(weights.element_size());
+  int64_t size = 0, packed_total = 0;
+  for (const Layer& layer : plan.layers) {
+    for (const int64_t n : weight_sizes(layer)) size += n;
+    packed_total += packed_size(layer, plan.kernel->tiles);
+  }
+  STD_TORCH_CHECK(weights.numel() == size, "weights must have ", size, " elements for this plan, got ", weights.numel());
+  const Tensor packed = new_tensor({packed_total}, weights, MemoryFormat::Contiguous);
+  const char* from = static_cast<const char*>(weights.data_ptr());
+  char* to = static_cast<char*>(packed.data_ptr());
+  for (const Layer& layer : plan.layers) {
+    std::vector<const void*> pointers;
+    for (const int64_t n : weight_sizes(layer)) {
+      pointers.push_back(from);
+      from += n * element;
+    }
+    pack(layer, plan.kernel->tiles, plan.kernel->dtype, pointers.data(), to);
+    to += packed_size(layer, plan.kernel->tiles) * element;
+  }
+  return packed;
+}
+
+Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
+  const Plan plan = parse(integers);
+  int64_t size = 0;
+  for (const Layer& layer : plan.layers) size += packed_size(layer, plan.kernel->tiles);
+  STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == size && packed.is_contiguous() && packed.is_cpu() &&
+                      dtype_of(packed, "packed") == plan.kernel->dtype,
+                  "packed must be what mnv2_fused::pack returned for this plan: ", size, " elements of ",
+                  dtype_name(plan.kernel->dtype));
+  return execute(plan, x, packed.data_ptr());
+}
+
+Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_weight,
+                         const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight,
+                         const Tensor& depthwise_bias, const Tensor& project_weight, const Tensor& project_bias,
+                         int64_t stride, int64_t dilation, std::vector<int64_t> padding, bool residual,
+                         bool project_relu6) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
+  STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(), " integers");
+  STD_TORCH_CHECK(expand_weight.has_value() == expand_bias.has_value(),
+                  "expand_weight and expand_bias go together: give both or neither");
+  STD_TORCH_CHECK(depthwise_weight.dim() == 4 && project_weight.dim() == 4,
+                  "depthwise_weight and project_weight must have 4 dimensions");
+  const int64_t in = x.size(1), hidden = depthwise_weight.size(0), out = project_weight.size(0);
+  std::vector<Tensor> weights;
+  if (expand_weight) {
+    weights.push_back(weight_of(*expand_weight, "expand_weight", x, {hidden, in, 1, 1}));
+    weights.push_back(weight_of(*expand_bias, "expand_bias", x, {hidden}));
+  }
+  weights.push_back(weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3}));
+  weights.push_back(weight_of(depthwise_bias, "depthwise_bias", x, {hidden}));
+  weights.push_back(weight_of(project_weight, "project_weight", x, {out, hidden, 1, 1}));
+  weights.push_back(weight_of(project_bias, "project_bias", x, {out}));
+
+  const Dtype dtype = dtype_of(x, "x");
+  const Kernel& kernel = select_kernel(dtype);
+  int64_t index = 0;
+  while (kernels()[index] != &kernel) ++index;
+  const Plan plan = parse({index, Layer::kBlock, in, hidden, out, stride, dilation, padding[0], padding[1], padding[2],
+                           padding[3], expand_weight.has_value(), residual, project_relu6});
+  const Layer& layer = plan.layers[0];
+  const Tensor packed = new_tensor({packed_size(layer, kernel.tiles)}, x, MemoryFormat::Contiguous);
+  std::vector<const void*> pointers;
+  for (const Tensor& weight : weights) pointers.push_back(weight.data_ptr());
+  pack(layer, kernel.tiles, dtype, pointers.data(), packed.data_ptr());
+  return execute(plan, x, packed.data_ptr());
+}
+
+}  // namespace
+}  // namespace mnv2_fused
+
+STABLE_TORCH_LIBRARY(mnv2_fused, m) {
+  m.def(
+      "inverted_residual(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
+      "Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, int[] padding, "
+      "bool residual, bool project_relu6) -> Tensor");
+  m.def("pack(Tensor weights, int[] plan) -> Tensor");
+  m.def("network(Tensor x, Tensor packed, int[] plan) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
+  m.impl("inverted_residual", TORCH_BOX(&mnv2_fused::inverted_residual));
+  m.impl("pack", TORCH_BOX(&mnv2_fused::pack_plan));
+  m.impl("network", TORCH_BOX(&mnv2_fused::network));
+}

@@ -1,0 +1,15 @@
+"""MobileNetV2 for PyTorch whose inverted residuals run as one op that never writes the expanded tensor to memory."""
+
+__version__ = "0.1.0"
+
+from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
+from .ops import inverted_residual, kernels, selected_kernel
+
+__all__ = [
+    "InvertedResidual",
+    "MobileNetV2",
+    "inverted_residual",
+    "kernels",
+    "mobilenet_v2",
+    "selected_kernel",
+]

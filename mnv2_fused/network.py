@@ -1,0 +1,248 @@
+"""From a chain of modules to one op call: what is recognised, folding the BatchNorms, noticing every change.
+
+The modules stay what they are; a `FusedChain` beside them holds their folded, packed weights and repacks when
+anything that the weights depend on has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .ops import Layer
+
+_CONV_GEOMETRY = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class Unfusable(Exception):
+    """Why a chain of modules cannot run as one op."""
+
+
+class Stage(NamedTuple):
+    """A layer of the network with the modules that it stands for: (convolution or linear, its BatchNorm or None)."""
+
+    layer: Layer
+    weights: tuple[tuple[nn.Module, nn.BatchNorm2d | None], ...]
+
+
+def expect(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unfusable(reason)
+
+
+def _children(module: nn.Module, *types: type) -> list[nn.Module]:
+    """The children of a Sequential, which must be of exactly these types."""
+    children = list(module._modules.values())
+    found = [type(child) for child in children]
+    expect(type(module) is nn.Sequential and found == list(types), f"{found} where {list(types)} was expected")
+    return children
+
+
+def _conv(module: nn.Module, kernel_size: int, *, depthwise: bool = False) -> nn.Conv2d:
+    groups = module.in_channels if depthwise else 1
+    fits = module.kernel_size == (kernel_size,) * 2 and module.groups == groups and module.padding_mode == "zeros"
+    fits = fits and (not depthwise or module.out_channels == module.in_channels)
+    expect(fits and not isinstance(module.padding, str), f"a convolution of another kind: {module}")
+    if kernel_size == 1:
+        expect(module.stride == (1, 1) and module.padding == (0, 0), f"a 1x1 convolution of another kind: {module}")
+    return module
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, int]:
+    (stride, stride_x), (dilation, dilation_x) = conv.stride, conv.dilation
+    expect(stride == stride_x and stride in (1, 2) and dilation == dilation_x, f"stride or dilation of {conv}")
+    y, x = conv.padding
+    return dict(stride=stride, dilation=dilation, pad_left=x, pad_right=x, pad_top=y, pad_bottom=y)
+
+
+def conv_bn_relu6(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    conv, bn, _ = _children(module, nn.Conv2d, nn.BatchNorm2d, nn.ReLU6)
+    return conv, _norm(bn)
+
+
+def _norm(bn: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    expect(bn.running_mean is not None, "a BatchNorm without running statistics")
+    return bn
+
+
+def stem(module: nn.Module) -> Stage:
+    conv, bn = conv_bn_relu6(module)
+    _conv(conv, 3)
+    expect(conv.dilation == (1, 1), f"a dilated stem: {conv}")
+    return Stage(Layer(ops.CONV3X3, conv.in_channels, 0, conv.out_channels, **_geometry(conv)), ((conv, bn),))
+
+
+def pointwise(module: nn.Module) -> Stage:
+    conv, bn = conv_bn_relu6(module)
+    _conv(conv, 1)
+    return Stage(Layer(ops.POINTWISE, conv.in_channels, 0, conv.out_channels), ((conv, bn),))
+
+
+def block(module: nn.Module, residual: bool) -> Stage:
+    """An inverted residual: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, conv 1x1, BatchNorm."""
+    *expand, _, _, _ = module._modules.values()
+    types = (nn.Sequential,) * (len(expand) + 1) + (nn.Conv2d, nn.BatchNorm2d)
+    *inner, project, project_bn = _children(module, *types)
+    weights = [*map(conv_bn_relu6, inner), (project, _norm(project_bn))]
+    if expand:
+        _conv(weights[0][0], 1)
+    depthwise = _conv(weights[-2][0], 3, depthwise=True)
+    _conv(project, 1)
+    in_channels = weights[0][0].in_channels
+    geometry = _geometry(depthwise)
+    layer = Layer(
+        ops.BLOCK, in_channels, depthwise.out_channels, project.out_channels, **geometry,
+        expand=int(bool(expand)), residual=int(residual),
+    )  # fmt: skip
+    return Stage(layer, tuple(weights))
+
+
+def pool(channels: int) -> Stage:
+    return Stage(Layer(ops.POOL, channels, 0, channels), ())
+
+
+def classifier(module: nn.Module) -> Stage:
+    """Dropout and a linear layer, in any number of Sequentials, or the linear layer alone."""
+    leaves = [m for m in module.modules() if type(m) is not nn.Sequential]
+    kinds = [type(m) for m in leaves if type(m) not in (nn.Dropout, nn.Identity)]
+    expect(kinds == [nn.Linear] and type(leaves[-1]) is nn.Linear, f"a classifier of another kind: {module}")
+    module = leaves[-1]
+    return Stage(Layer(ops.LINEAR, module.in_features, 0, module.out_features), ((module, None),))
+
+
+def _fold(module: nn.Module, bn: nn.BatchNorm2d | None) -> Iterator[Tensor]:
+    """Weight and bias with the BatchNorm's running statistics folded in, computed in float64, flat."""
+    weight = module.weight.detach().double()
+    bias = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.detach().double()
+    if bn is not None:
+        scale = (bn.running_var.double() + bn.eps).rsqrt()
+        scale = scale if bn.weight is None else scale * bn.weight.detach().double()
+        weight = weight * scale.view(-1, 1, 1, 1)
+        bias = (bias - bn.running_mean.double()) * scale
+        bias = bias if bn.bias is None else bias + bn.bias.detach().double()
+    yield weight.flatten()
+    yield bias
+
+
+class _Packing:
+    """Packed weights (or the reason why there are none), and from what they were made."""
+
+    def __init__(self, root: nn.Module, parts: tuple[str, ...], describe: Callable[[nn.Module], list[Stage]]) -> None:
+        modules = [m for part in parts for m in getattr(root, part).modules()]
+        self.switched = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
+        self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._convs = [m for m in modules if isinstance(m, nn.Conv2d)]
+        self._norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
+        self._instances = [m.__dict__ for m in modules]
+        self._tables = [root._modules] + [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        self._tensors = [t for t in tensors if t.is_floating_point()]
+        # The objects compared by id, and the memory compared by address, must not go away and come back as others.
+        self._held = [list(chain.from_iterable(map(dict.values, self._tables))), [t.detach() for t in self._tensors]]
+        self.trained = [t for t in self._tensors if t.requires_grad]
+        self._made_from = self._look()
+        self.packed, self.plan, self.reason, self.dtype = None, [], "", None
+        try:
+            stages = describe(root)
+            self.dtype = self._common_dtype()
+            self.plan = ops.make_plan([stage.layer for stage in stages], self.dtype)
+            weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
+            self.packed = torch.ops.mnv2_fused.pack(weights.to(self.dtype), self.plan)
+        except Unfusable as refusal:
+            self.reason = str(refusal)
+
+    def _common_dtype(self) -> torch.dtype:
+        kinds = {(t.dtype, t.device.type) for t in self._tensors}
+        expect(len(kinds) == 1, f"its tensors are of several dtypes or devices: {kinds}")
+        ((dtype, device),) = kinds
+        expect(dtype in (torch.float32, torch.float64) and device == "cpu", f"no kernel for {dtype} on {device}")
+        return dtype
+
+    def current(self) -> bool:
+        return self._made_from == self._look()
+
+    def _look(self) -> tuple[object, ...]:
+        """All that the packed weights depend on, in some ten microseconds: everything here is a loop in C."""
+        try:
+            versions = list(map(attrgetter("_version"), self._tensors))
+        except RuntimeError:  # inference tensors count no versions: every look is a change
+            versions = [object()]
+        return (
+            os.environ.get("MNV2_FUSED_KERNEL"),
+            list(map(id, chain.from_iterable(map(dict.values, self._tables)))),
+            list(map(len, self._instances)),
+            versions,
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(attrgetter("requires_grad"), self._tensors)),
+            list(map(attrgetter("eps"), self._norms)),
+            list(map(_CONV_GEOMETRY, self._convs)),
+        )
+
+
+class FusedChain:
+    """One op call for a chain of modules. Its packed weights follow every change of the modules.
+
+    A write through `tensor.data` or a NumPy view is the one change that PyTorch does not count: call `forget()` after
+    it. Copies and pickles come without the packed weights.
+
+    Args:
+        parts: the children of the root that the chain runs through, by name.
+        describe: a module-level function, root -> stages; raises Unfusable.
+    """
+
+    def __init__(self, parts: tuple[str, ...], describe: Callable[[nn.Module], list[Stage]]) -> None:
+        self._parts, self._describe = parts, describe
+        self._lock = threading.Lock()
+        self._packing: _Packing | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return FusedChain, (self._parts, self._describe)
+
+    def forget(self) -> None:
+        """Packs anew at the next call."""
+        self._packing = None
+
+    def why_not(self, root: nn.Module, x: Tensor) -> str:
+        """Why a call of `root` with x would not run fused now; "" when it would."""
+        return self._prepare(root, x)[0]
+
+    def __call__(self, root: nn.Module, x: Tensor) -> Tensor | None:
+        """The result of the chain, or None where it cannot run fused."""
+        reason, packing = self._prepare(root, x)
+        return None if reason else torch.ops.mnv2_fused.network(x, packing.packed, packing.plan)
+
+    def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return "the model is being traced", None
+        if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or x.device.type != "cpu" or 0 in x.shape[1:]:
+            return "the input is no plain CPU tensor [N, C, H, W] with pixels", None
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast asks for another dtype", None
+        packing = self._packing
+        if packing is None or not packing.current():
+            with self._lock, torch.no_grad():
+                packing = self._packing = _Packing(root, self._parts, self._describe)
+        if packing.reason:
+            return packing.reason, None
+        if x.dtype != packing.dtype or x.shape[1] != packing.plan[2]:
+            return f"the input has {x.shape[1]} channels of {x.dtype}, not {packing.plan[2]} of {packing.dtype}", None
+        if any(map(attrgetter("training"), packing.switched)):
+            return "a BatchNorm or Dropout is in training mode", None
+        if any(packing.hooks) or _global_hooks():
+            return "a module inside has forward hooks", None
+        if torch.is_grad_enabled() and (x.requires_grad or packing.trained):
+            return "gradients are asked for", None
+        return "", packing
+
+
+def _global_hooks() -> bool:
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)

@@ -1,0 +1,301 @@
+"""The ops on one page: the reference in plain PyTorch, the wrapper, shapes, gradients, FLOPs, the kernel table.
+
+`inverted_residual` takes weights as PyTorch has them. `network` runs a chain of layers, described by a plan, over
+weights that `pack` has laid out for one kernel; network.py writes the plans. The C++ side is csrc/ops.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _C  # loading it registers the ops
+
+_OPS = torch.ops.mnv2_fused
+
+
+def inverted_residual_reference(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: int | tuple[int, int, int, int] = 1,
+    residual: bool = False,
+    project_relu6: bool = False,
+) -> Tensor:
+    """What `inverted_residual` computes, in plain PyTorch: its definition, and what the tests compare it with."""
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    h = x if expand_weight is None else F.relu6(F.conv2d(x, expand_weight, expand_bias))
+    d = F.conv2d(F.pad(h, sides), depthwise_weight, depthwise_bias, stride, 0, dilation, groups=h.shape[1])
+    y = F.conv2d(F.relu6(d), project_weight, project_bias)
+    y = x + y if residual else y
+    return F.relu6(y) if project_relu6 else y
+
+
+def inverted_residual(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: int | tuple[int, int, int, int] = 1,
+    residual: bool = False,
+    project_relu6: bool = False,
+) -> Tensor:
+    """MobileNetV2's block as one op: 1x1 expand + ReLU6, 3x3 depthwise + ReLU6, 1x1 project (BN folded in).
+
+    The expanded activation lives in registers and cache only. Outside the image it is 0 (the padding comes after the
+    first ReLU6). Source: Sandler et al., CVPR 2018, section 3 and Table 1.
+
+    Args:
+        x: [N, C_in, H, W], float32 or float64, any strides; channels_last is read as it is, others are copied.
+        expand_weight, expand_bias: [C_hid, C_in, 1, 1] and [C_hid]; both None for expansion factor 1 (C_hid = C_in).
+        depthwise_weight, depthwise_bias: [C_hid, 1, 3, 3] and [C_hid].
+        project_weight, project_bias: [C_out, C_hid, 1, 1] and [C_out].
+        stride: 1 or 2, of the depthwise convolution.
+        dilation: >= 1, of the depthwise convolution.
+        padding: pixels on every side, or (left, right, top, bottom).
+        residual: adds x to the result, whose shape must be that of x.
+        project_relu6: a ReLU6 at the end (MobileNetV1's block), after the residual.
+
+    Returns:
+        [N, C_out, H_out, W_out] in channels_last, H_out = (H + top + bottom - 2 * dilation - 1) // stride + 1.
+
+    Raises:
+        ValueError: a shape, option, dtype or device that does not fit; the message names the argument.
+        RuntimeError: MNV2_FUSED_KERNEL names a kernel that cannot run here or computes in another dtype.
+    """
+    arguments = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
+    if isinstance(padding, int):
+        padding = (padding,) * 4
+    _output_shape(*arguments, stride, dilation, padding, residual)
+    return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[object, ...], like: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of shape {list(shape)}, got {tensor!r}")
+    if tensor.dim() != len(shape) or any(isinstance(n, int) and m != n for m, n in zip(tensor.shape, shape)):
+        expected = ", ".join(str(n) for n in shape)
+        raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        raise ValueError(f"{name} must be {like.dtype}, the dtype of x, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, the device of x, got {tensor.device}")
+
+
+def _output_shape(
+    x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
+    stride, dilation, padding, residual,
+) -> list[int]:  # fmt: skip
+    """The shape of the result; ValueError where an argument does not fit the others."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        raise ValueError(f"x must be a tensor [N, C, H, W], got {list(x.shape) if isinstance(x, Tensor) else x!r}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be float32 or float64, which there are kernels for, got {x.dtype}")
+    if x.device.type not in ("cpu", "meta"):
+        raise ValueError(f"x must be on the CPU, which this version computes on, got {x.device}")
+    batch, channels, height, width = x.shape
+    _check_tensor("depthwise_weight", depthwise_weight, ("C_hid", 1, 3, 3), x)
+    hidden = depthwise_weight.shape[0]
+    if expand_weight is None:
+        if expand_bias is not None:
+            raise ValueError("expand_bias must be None where expand_weight is: there is no expansion to add it to")
+        _check_tensor("depthwise_weight", depthwise_weight, (channels, 1, 3, 3), x)
+    else:
+        _check_tensor("expand_weight", expand_weight, (hidden, channels, 1, 1), x)
+        _check_tensor("expand_bias", expand_bias, (hidden,), x)
+    _check_tensor("depthwise_bias", depthwise_bias, (hidden,), x)
+    _check_tensor("project_weight", project_weight, ("C_out", hidden, 1, 1), x)
+    out_channels = project_weight.shape[0]
+    _check_tensor("project_bias", project_bias, (out_channels,), x)
+    if channels < 1 or hidden < 1 or out_channels < 1:
+        raise ValueError(f"x must have channels, and so the weights, got {channels}, {hidden} and {out_channels}")
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}")
+    if not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"dilation must be an integer of at least 1, got {dilation!r}")
+    if not isinstance(padding, (tuple, list)) or len(padding) != 4 or not all(_is_size(p) for p in padding):
+        raise ValueError(f"padding must be an integer or (left, right, top, bottom), none negative, got {padding!r}")
+    left, right, top, bottom = padding
+    reach = 2 * dilation + 1
+    if height < 1 or width < 1 or height + top + bottom < reach or width + left + right < reach:
+        raise ValueError(f"x of {height}x{width} pixels with padding {padding} is smaller than the {reach}x{reach} kernel")
+    out_height, out_width = ((n - reach) // stride + 1 for n in (height + top + bottom, width + left + right))
+    if residual and (stride != 1 or out_channels != channels or (out_height, out_width) != (height, width)):
+        shape = [batch, out_channels, out_height, out_width]
+        raise ValueError(f"residual needs a result of the shape of x, {list(x.shape)}, got {shape}")
+    return [batch, out_channels, out_height, out_width]
+
+
+def _is_size(n: object) -> bool:
+    return isinstance(n, (int, torch.SymInt)) and n >= 0
+
+
+@torch.library.register_fake("mnv2_fused::inverted_residual")
+def _(x, *arguments):
+    *arguments, _project_relu6 = arguments
+    shape = _output_shape(x, *arguments)
+    return torch.empty_strided(shape, _channels_last_strides(shape), dtype=x.dtype, device=x.device)
+
+
+def _channels_last_strides(shape: list[int]) -> list[int]:
+    _, channels, height, width = shape
+    return [height * width * channels, 1, width * channels, channels]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+
+
+def _backward(ctx, grad: Tensor):
+    """Recomputes the block in plain PyTorch and goes back through it; only what is asked for is computed."""
+    x, we, be, wd, bd, wp, bp = ctx.saved_tensors
+    stride, dilation, padding, residual, project_relu6 = ctx.options
+    need = ctx.needs_input_grad
+    conv_backward, relu6_backward = torch.ops.aten.convolution_backward, torch.ops.aten.hardtanh_backward
+
+    def back(grad, inputs, weight, mask, stride=1, dilation=1, groups=1):
+        geometry = ([stride] * 2, [0, 0], [dilation] * 2, False, [0, 0], groups)
+        return conv_backward(grad, inputs, weight, [weight.shape[0]], *geometry, mask)
+
+    expanded = x if we is None else F.conv2d(x, we, be)
+    h = F.pad(x if we is None else F.relu6(expanded), padding)
+    filtered = F.conv2d(h, wd, bd, stride, 0, dilation, groups=h.shape[1])
+    d = F.relu6(filtered)
+    if project_relu6:
+        y = F.conv2d(d, wp, bp)
+        grad = relu6_backward(grad, y + x if residual else y, 0.0, 6.0)
+    below_expand = need[0] or need[1] or need[2]
+    below_filter = below_expand or need[3] or need[4]
+    grad_d, grad_wp, grad_bp = back(grad, d, wp, [below_filter, need[5], need[6]])
+    grad_x = grad_we = grad_be = grad_wd = grad_bd = None
+    if below_filter:
+        grad_d = relu6_backward(grad_d, filtered, 0.0, 6.0)
+        mask = [below_expand, need[3], need[4]]
+        grad_h, grad_wd, grad_bd = back(grad_d, h, wd, mask, stride, dilation, h.shape[1])
+    if below_expand:
+        left, right, top, bottom = padding
+        grad_x = F.pad(grad_h, (-left, -right, -top, -bottom))
+        if we is not None:
+            grad_e = relu6_backward(grad_x, expanded, 0.0, 6.0)
+            grad_x, grad_we, grad_be = back(grad_e, x, we, list(need[:3]))
+        if need[0] and residual:
+            grad_x = grad_x + grad
+    return grad_x if need[0] else None, grad_we, grad_be, grad_wd, grad_bd, grad_wp, grad_bp, *[None] * 5
+
+
+torch.library.register_autograd("mnv2_fused::inverted_residual", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(_OPS.inverted_residual, get_raw=True)
+def _(x, we, be, wd, bd, wp, bp, *options, out_val=None, **_) -> int:
+    batch, channels, height, width = x.shape
+    pixels, out_pixels = batch * height * width, batch * out_val.shape[2] * out_val.shape[3]
+    hidden, out_channels = wd.shape[0], wp.shape[0]
+    return 2 * ((0 if we is None else pixels * channels * hidden) + out_pixels * hidden * (9 + out_channels))
+
+
+# ------------------------------------------------------------------------------------------------- packed networks
+
+
+class Layer(NamedTuple):
+    """A layer of a plan; fields and kinds as in csrc/inverted_residual.h. Plans are flat lists of integers."""
+
+    kind: int
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    stride: int = 1
+    dilation: int = 1
+    pad_left: int = 0
+    pad_right: int = 0
+    pad_top: int = 0
+    pad_bottom: int = 0
+    expand: int = 0
+    residual: int = 0
+    relu6: int = 0
+
+
+CONV3X3, BLOCK, POINTWISE, POOL, LINEAR = range(5)
+
+
+def make_plan(layers: list[Layer], dtype: torch.dtype) -> list[int]:
+    """The plan that runs `layers` on the kernel selected for `dtype` now. ValueError where there is none."""
+    names = [kernel.name for kernel in kernels()]
+    return [names.index(selected_kernel(dtype)), *(n for layer in layers for n in layer)]
+
+
+def _walk(x: Tensor, plan: list[int]) -> tuple[list[int], int]:
+    """The result's shape, and the multiply-adds on the way."""
+    batch, _, height, width = x.shape
+    macs, shape = 0, []
+    for at in range(1, len(plan), len(Layer._fields)):
+        layer = Layer(*plan[at : at + len(Layer._fields)])
+        before = height * width
+        if layer.kind in (CONV3X3, BLOCK):
+            reach = 2 * layer.dilation + 1
+            height = (height + layer.pad_top + layer.pad_bottom - reach) // layer.stride + 1
+            width = (width + layer.pad_left + layer.pad_right - reach) // layer.stride + 1
+        elif layer.kind == POOL:
+            height = width = 1
+        if layer.kind == BLOCK:
+            expand = before * layer.in_channels * layer.hidden_channels * layer.expand
+            macs += expand + height * width * layer.hidden_channels * (9 + layer.out_channels)
+        elif layer.kind != POOL:
+            taps = 9 if layer.kind == CONV3X3 else 1
+            macs += height * width * layer.in_channels * layer.out_channels * taps
+        flat = layer.kind in (POOL, LINEAR)
+        shape = [batch, layer.out_channels] if flat else [batch, layer.out_channels, height, width]
+    return shape, batch * macs
+
+
+@torch.library.register_fake("mnv2_fused::network")
+def _(x, packed, plan):
+    shape, _ = _walk(x, plan)
+    strides = [shape[1], 1] if len(shape) == 2 else _channels_last_strides(shape)
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+
+
+@register_flop_formula(_OPS.network, get_raw=True)
+def _(x, packed, plan, out_val=None, **_) -> int:
+    return 2 * _walk(x, plan)[1]
+
+
+# -------------------------------------------------------------------------------------------------- the kernel table
+
+
+class Kernel(NamedTuple):
+    """A row of the kernel table: one ISA and dtype."""
+
+    name: str
+    dtype: torch.dtype
+    requires: tuple[str, ...]  # CPU features
+    supported: bool  # by this CPU
+    reason: str  # why not, "" when supported
+
+
+def kernels() -> list[Kernel]:
+    """All rows of the kernel table, best first. MNV2_FUSED_KERNEL=<name> forces one."""
+    return [Kernel(name, getattr(torch, dtype), *rest) for name, dtype, *rest in _C.kernels()]
+
+
+def selected_kernel(dtype: torch.dtype = torch.float32) -> str:
+    """The row that would serve tensors of `dtype` now; ValueError when MNV2_FUSED_KERNEL is impossible."""
+    return _C.select(str(dtype).removeprefix("torch."))

@@ -1,0 +1,54 @@
+"""What all tests share: one test per kernel row, memory that arrives full of NaN, threads put back."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import mnv2_fused
+
+# Every row of the table, supported or not: a test names the rows that this CPU cannot run as skipped, and why.
+_ROWS = mnv2_fused.kernels()
+_M_PERTURB = -6  # of glibc's mallopt
+
+
+def _force(row: mnv2_fused.ops.Kernel, monkeypatch: pytest.MonkeyPatch) -> mnv2_fused.ops.Kernel:
+    if not row.supported:
+        pytest.skip(f"{row.name}: {row.reason}")
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", row.name)
+    return row
+
+
+@pytest.fixture(params=_ROWS, ids=lambda row: row.name)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> mnv2_fused.ops.Kernel:
+    """Each kernel row in turn, forced by MNV2_FUSED_KERNEL."""
+    return _force(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[row for row in _ROWS if row.dtype == torch.float32], ids=lambda row: row.name)
+def float32_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> mnv2_fused.ops.Kernel:
+    """Each float32 kernel row in turn, forced by MNV2_FUSED_KERNEL."""
+    return _force(request.param, monkeypatch)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """malloc hands out bytes 0xff, which are NaN in every float type: what is read before it is written shows."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # glibc fills with the complement of the value's last byte; 0x100 is the only way to ask for 0xff, as 0 is "off".
+    if mallopt is None or mallopt(_M_PERTURB, 0x100) != 1:
+        pytest.skip("needs glibc's M_PERTURB")
+    assert torch.empty(10_000).isnan().all()
+    yield
+    mallopt(_M_PERTURB, 0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts torch's number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

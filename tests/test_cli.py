@@ -1,0 +1,260 @@
+"""The command line as scripts and people see it: exit status, what is on stdout, what on stderr."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import mnv2_fused
+from mnv2_fused import cli, images
+from mnv2_fused.cli import app
+from mnv2_fused.weights import random_model
+
+KERNELS = [kernel for kernel in mnv2_fused.kernels() if kernel.dtype == torch.float32]
+
+
+def run(*args, status=0):
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == status, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three pictures, one of them deeper; weights of 10 classes; their labels."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "pictures" / "deep").mkdir(parents=True)
+    for i, name in enumerate(("b.png", "a.jpg", "deep/c.webp")):
+        pixels = np.random.default_rng(i).integers(0, 256, (40 + i, 50, 3), np.uint8)
+        Image.fromarray(pixels).resize((300, 200)).save(folder / "pictures" / name)
+    files = images.find_images([folder], recursive=True)
+    inputs = np.stack([images.preprocess(images.read_image(path)) for path in files])
+    # As initialised, all ten classes would have 10%
+    model = random_model(torch.from_numpy(inputs), num_classes=10, width_mult=0.35)
+    torch.save(model.state_dict(), folder / "weights.pth")
+    (folder / "labels.txt").write_text("".join(f"thing {i}\n" for i in range(10)))
+    return folder
+
+
+# ---- the command itself
+
+
+def test_help_lists_the_commands():
+    text = run("--help").stdout
+    assert all(command in text for command in ("info", "bench", "classify", "demo"))
+    for command in ("info", "bench", "classify", "demo"):
+        assert "--" in run(command, "-h").stdout
+
+
+def test_version():
+    assert run("--version").stdout == f"mnv2-fused {mnv2_fused.__version__}\n"
+
+
+# ---- info
+
+
+def test_info_json():
+    report = json.loads(run("info", "--json").stdout)
+    assert report["versions"]["mnv2_fused"] == mnv2_fused.__version__
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["threads"] == torch.get_num_threads()
+    assert [row["name"] for row in report["kernels"]] == [kernel.name for kernel in mnv2_fused.kernels()]
+    assert report["selected"]["float32"] == mnv2_fused.selected_kernel()
+    assert report["cpu"]["name"] and report["build"]
+
+
+def test_info_table():
+    text = run("info").stdout
+    assert all(kernel.name in text for kernel in mnv2_fused.kernels())
+    assert torch.__version__ in text
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_info_with_a_forced_kernel(monkeypatch, kernel):
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", kernel.name)
+    report = json.loads(run("info", "--json", status=0 if kernel.supported else 1).stdout)
+    assert report["override"] == kernel.name
+    assert report["selected"] == {"float32": kernel.name if kernel.supported else None, "float64": None}
+    assert "float64" in report["errors"]
+
+
+def test_info_with_an_impossible_kernel(monkeypatch):
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", "avx9000_f32")
+    result = run("info", status=1)
+    assert "avx2_f32" in result.stdout
+    assert result.stderr.startswith("error: ") and "avx9000_f32" in result.stderr and result.stderr.count("\n") == 1
+
+
+# ---- classify
+
+
+def test_classify_json_is_what_the_model_says(folder):
+    result = run("classify", folder / "pictures", "--weights", folder / "weights.pth", "--json", "--topk", 3)
+    report = json.loads(result.stdout)
+    assert result.stderr == "" and report["skipped"] == []
+    assert [os.path.basename(entry["path"]) for entry in report["results"]] == ["a.jpg", "b.png"]
+    model = mnv2_fused.MobileNetV2(num_classes=10, width_mult=0.35).eval()
+    model.load_state_dict(torch.load(folder / "weights.pth"))
+    for entry in report["results"]:
+        pixels = images.preprocess(images.read_image(entry["path"]), 256, 224)
+        with torch.inference_mode():
+            probabilities, classes = model(torch.from_numpy(pixels)[None])[0].double().softmax(0).topk(3)
+        assert [top["class"] for top in entry["top"]] == classes.tolist()
+        assert [top["probability"] for top in entry["top"]] == probabilities.tolist()
+        assert [top["label"] for top in entry["top"]] == [None] * 3
+
+
+def test_results_do_not_depend_on_the_batch(folder):
+    args = ("classify", folder / "pictures", "-r", "--weights", folder / "weights.pth", "--json", "--batch-size")
+    assert run(*args, 1).stdout == run(*args, 2).stdout == run(*args, 3).stdout
+
+
+def test_classify_csv(folder):
+    args = ("--weights", folder / "weights.pth", "--labels", folder / "labels.txt", "--csv", "--topk", 2)
+    rows = list(csv.DictReader(io.StringIO(run("classify", folder / "pictures", "--recursive", *args).stdout)))
+    assert [os.path.basename(row["path"]) for row in rows] == ["a.jpg"] * 2 + ["b.png"] * 2 + ["c.webp"] * 2
+    assert [row["rank"] for row in rows] == ["1", "2"] * 3
+    assert all(row["label"] == f"thing {row['class']}" and 0 < float(row["probability"]) < 1 for row in rows)
+
+
+def test_classify_for_people(folder):
+    text = run("classify", folder / "pictures" / "b.png", "--weights", folder / "weights.pth").stdout
+    assert "b.png" in text and text.count("class ") == 5 and text.count("%") == 5
+    named = run("classify", folder / "pictures" / "b.png", "--weights", folder / "weights.pth",
+                "--labels", folder / "labels.txt").stdout
+    assert named.count("thing ") == 5
+
+
+def test_unreadable_pictures_are_skipped(folder, tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.png").write_text("not a picture")
+    whole = (folder / "pictures" / "a.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "whole.jpg").write_bytes(whole)
+    args = ("classify", tmp_path, tmp_path / "missing.jpg", "--weights", folder / "weights.pth")
+    result = run(*args, "--json", status=1)
+    report = json.loads(result.stdout)
+    assert [os.path.basename(entry["path"]) for entry in report["results"]] == ["whole.jpg"]
+    skipped = {os.path.basename(entry["path"]): entry["error"] for entry in report["skipped"]}
+    assert set(skipped) == {"empty.jpg", "half.jpg", "missing.jpg", "text.png"}
+    lines = result.stderr.splitlines()
+    assert len(lines) == 5 and all(line.startswith("skipped ") for line in lines[:4])
+    assert lines[4] == "error: 4 of 5 pictures skipped"
+    assert run(*args, "--csv", status=1).stdout.count("\n") == 6
+
+
+def test_all_pictures_unreadable(folder, tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    result = run("classify", tmp_path, "--weights", folder / "weights.pth", "--json", status=1)
+    assert json.loads(result.stdout)["results"] == []
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["{}/pictures"], ["no weights", "--weights FILE", "--weights torchvision"]),
+        (["{}", "--weights", "{}/weights.pth"], ["no pictures in", "--recursive"]),
+        (["{}/pictures", "--weights", "{}/nothing.pth"], ["nothing.pth", "no such file"]),
+        (["{}/pictures", "--weights", "{}/labels.txt"], ["labels.txt", "expected .pth, .pt or .safetensors"]),
+        (["{}/pictures", "--weights", "{}/weights.pth", "--labels", "{}/nothing"], ["nothing", "cannot read"]),
+        (["{}/pictures", "--weights", "{}/weights.pth", "--labels", "{}/weights.pth"], ["cannot read the labels"]),
+        (["{}/pictures", "--weights", "{}/weights.pth", "--labels", "{}/short.txt"], ["2 labels", "10 classes"]),
+        (["{}/pictures", "--weights", "{}/weights.pth", "--topk", "11"], ["--topk 11", "10 classes"]),
+        (["{}/pictures", "--weights", "{}/weights.pth", "--json", "--csv"], ["exclude each other"]),
+        (["{}/pictures", "--weights", "{}/weights.pth", "--resize", "100"], ["--resize", "--crop (224)"]),
+        (["{}/pictures", "--weights", "{}/grey.pth"], ["grey.pth", "1 channels"]),
+    ],
+)
+def test_what_classify_cannot_do_is_one_line(folder, args, words):
+    (folder / "short.txt").write_text("a\nb\n")
+    torch.save(mnv2_fused.MobileNetV2(width_mult=0.35, in_channels=1).state_dict(), folder / "grey.pth")
+    result = run("classify", *(arg.format(folder) for arg in args), status=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_classify_with_an_impossible_kernel(folder, monkeypatch):
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", "avx9000_f32")
+    result = run("classify", folder / "pictures", "--weights", folder / "weights.pth", status=2)
+    assert result.stdout == "" and "avx9000_f32" in result.stderr
+
+
+def test_weights_that_overflow_are_reported_not_printed_as_nan(folder, tmp_path):
+    model = mnv2_fused.MobileNetV2(num_classes=10, width_mult=0.35)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 3e38)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    result = run("classify", folder / "pictures", "--weights", tmp_path / "a.pth", "--json", status=1)
+    assert [entry["error"].split(":")[0] for entry in json.loads(result.stdout)["skipped"]] == [
+        "the network's output is not finite"
+    ] * 2
+
+
+def test_hostile_names_do_not_reach_the_terminal(folder, tmp_path):
+    name = tmp_path / "a\x1b[31m[red]\n.png"
+    name.write_bytes((folder / "pictures" / "b.png").read_bytes())
+    (tmp_path / "b\x1b[31m.png").touch()
+    args = ("classify", tmp_path, "--weights", folder / "weights.pth")
+    result = run(*args, status=1)
+    assert "\x1b" not in result.stdout + result.stderr and "[red]" in result.stdout
+    assert json.loads(run(*args, "--json", status=1).stdout)["results"][0]["path"] == str(name)
+    assert next(csv.DictReader(io.StringIO(run(*args, "--csv", status=1).stdout, newline="")))["path"] == str(name)
+
+
+def test_an_interrupt_keeps_what_is_done(folder, monkeypatch):
+    predict = cli._predict
+
+    def interrupted(*args):
+        yield next(predict(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_predict", interrupted)
+    result = run("classify", folder / "pictures", "--weights", folder / "weights.pth", "--json", status=130)
+    assert len(json.loads(result.stdout)["results"]) == 1
+    assert "interrupted after 1 of 2" in result.stderr
+
+
+# ---- as a process
+
+
+def process(*args, **kwargs):
+    command = [sys.executable, "-c", "from mnv2_fused.cli import app; app()", *map(str, args)]
+    return subprocess.run(command, capture_output=True, timeout=120, **kwargs)
+
+
+def test_streams_of_a_process(folder, tmp_path):
+    (tmp_path / "broken.png").touch()
+    name = os.fsencode(tmp_path) + b"/\xff\xfe.png"  # not UTF-8
+    with open(name, "wb") as file:
+        file.write((folder / "pictures" / "b.png").read_bytes())
+    result = process("classify", tmp_path, "--weights", folder / "weights.pth", "--json")
+    assert result.returncode == 1
+    assert os.fsencode(json.loads(result.stdout)["results"][0]["path"]) == name
+    assert result.stderr.decode().splitlines()[-1] == "error: 1 of 2 pictures skipped"
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_weights_file_does_not_run(folder, tmp_path):
+    torch.save({"state_dict": Attack(tmp_path / "ran")}, tmp_path / "a.pth")
+    result = process("classify", folder / "pictures", "--weights", tmp_path / "a.pth")
+    assert result.returncode == 2 and result.stdout == b""
+    assert result.stderr.startswith(b"error: ") and b"refused" in result.stderr and result.stderr.count(b"\n") == 1
+    assert not (tmp_path / "ran").exists()
