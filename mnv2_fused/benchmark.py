@@ -1,7 +1,7 @@
 """The engine of `mnv2-fused bench`: verifies all ways to run the network, then times them in alternation.
 
-Each runner lives in a process of its own that waits on a pipe until it is its turn: no thread pool, allocator or flag of
-one is seen by another, and all of them see the same state of the machine. What the runners are stands in peers.py.
+Each runner lives in a process of its own that waits on a pipe until it is its turn: no thread pool, allocator or flag
+of one is seen by another, and all of them see the same state of the machine. What the runners are stands in peers.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3  # relative norm of the logits; every float32 run is within 1e-5, this is for runs of another network
 TURN_SECONDS = 0.05  # a runner's turn in a round: short beside the seconds over which a machine's clock drifts
 PEAK_SECONDS = 0.02
+SETTLE_SECONDS = 0.05  # idle threads of OpenMP and ONNX Runtime spin for 10 to 35 ms, as measured, before they sleep
+SPREAD = 1.25  # between the quartiles of an idle machine's times lie a few percent
 _BASE_SIZE = 32  # the image beside which memory is counted: 1/49 of the activations of 224x224
 
 Progress = Callable[[float, str], None]
@@ -134,8 +137,8 @@ class Result:
         options: as given, `threads` and `kernel` filled in.
         rows: one for each runner, in the order of peers.RUNNERS.
         macs: multiply-adds per image.
-        peak_kernel, peak_gmacs: the best row that this CPU supports, and the multiply-adds that `threads` threads did with
-            its vectors in registers (10^9 a second): the median of one measurement in each round.
+        peak_kernel, peak_gmacs: the best row that this CPU supports, and the multiply-adds that `threads` threads did
+            with its vectors in registers (10^9 a second): the median of one measurement in each round.
         rounds: turns that each runner had.
         not_installed: peers that were asked for and are not here, and what to install.
     """
@@ -144,7 +147,7 @@ class Result:
     rows: list[Row]
     macs: int
     peak_kernel: str
-    peak_gmacs: float = math.nan
+    peak_gmacs: float = 0.0
     rounds: int = 0
     not_installed: dict[str, str] = field(default_factory=dict)
 
@@ -156,7 +159,7 @@ class Result:
     def title(self) -> str:
         o = self.options
         threads = "1 thread" if o.threads == 1 else f"{o.threads} threads"
-        return f"MobileNetV2 {o.width:g}/{o.resolution}, float32, batch {o.batch}, {threads}"
+        return f"MobileNetV2 {o.width}/{o.resolution}, float32, batch {o.batch}, {threads}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON, with the machine and the versions; it holds no date and no paths."""
@@ -178,8 +181,10 @@ class Result:
         from rich.text import Text
 
         cpu = f"{_C.cpu_name().strip()}, FMA peak {self.peak_gmacs:.1f} GMAC/s ({self.peak_kernel}, measured alongside)"
-        missing = "".join(f"\n{name} {reason}" for name, reason in self.not_installed.items())
-        table = Table(title=self.title, caption=cpu + missing, title_style="bold", caption_justify="left")
+        notes = "".join(f"\n{name} {reason}" for name, reason in self.not_installed.items())
+        if any(row.ms and row.q3_ms > SPREAD * row.q1_ms for row in self.rows):
+            notes += "\nThe times spread widely: something else is using this machine. Measure again when it is idle."
+        table = Table(title=self.title, caption=cpu + notes, title_style="bold", caption_justify="left")
         table.add_column("runner")
         table.add_column("version")
         for heading in ("ms / image", "quartiles", "time / fused", "memory MB", "GMAC/s", "of peak", "error"):
@@ -234,7 +239,7 @@ def run(
 ) -> Result:
     """Verifies, then times, the runners that `options` ask for.
 
-    A runner that cannot start, or whose logits are off by more than TOLERANCE, gets a row that says so and is not timed.
+    A runner that cannot start, or whose logits are off by more than TOLERANCE, gets a row with the reason and no times.
 
     Args:
         options: see Options; with `model` given, `width` is only shown.
@@ -261,18 +266,22 @@ def run(
     rows = [Row(runner.name, _version(runner, options)) for runner in runners]
 
     with _workers(runners, options, model, images) as (workers, bases):
-        for i, (row, worker) in enumerate(zip(rows, workers, strict=True)):
+        for i, row in enumerate(rows):
             progress(0.3 * i / len(rows), f"starting {row.name}")
-            row.error = worker.error()
-        progress(0.3, "computing the exact logits")
-        exact, macs = _exact(model, images)
-        result = Result(options, rows, macs, _best_kernel(), not_installed=not_installed)
-        for i, (row, worker, base) in enumerate(zip(rows, workers, bases, strict=True)):
-            progress(0.35 + 0.1 * i / len(rows), f"verifying {row.name}")
-            _verify(row, worker, exact)
+            row.error = workers[i].error()
             if options.memory and not row.error:
-                row.memory_mb, row.resident_mb = _memory(worker, base, images)
-            base.stop()
+                row.error = bases[i].error()
+        progress(0.3, "computing the exact logits")
+        expected, macs = exact(model, images)
+        result = Result(options, rows, macs, best_kernel(), not_installed=not_installed)
+        for i, row in enumerate(rows):
+            progress(0.35 + 0.1 * i / len(rows), f"verifying {row.name}")
+            if not row.error:
+                _verify(row, workers[i], expected)
+            if options.memory and not row.error:
+                _measure_memory(row, workers[i], bases[i])
+        for base in bases:
+            base.leave()
         timed = [(row, worker) for row, worker in zip(rows, workers, strict=True) if not row.error]
         _time(result, timed, lambda fraction: progress(0.45 + 0.55 * fraction, "timing in alternation"))
     progress(1.0, "done")
@@ -289,17 +298,13 @@ def _complete(options: Options) -> Options:
     return Options(**values)
 
 
-def _best_kernel() -> str:
-    return next(kernel.name for kernel in kernels() if kernel.supported and kernel.dtype == torch.float32)
-
-
 def _version(runner: Runner, options: Options) -> str:
     if runner.packages:
         return importlib.metadata.version(runner.packages[-1])
     return f"{__version__} {options.kernel}" if runner.name == "fused" else torch.__version__
 
 
-def _exact(model: MobileNetV2, images: Tensor) -> tuple[Tensor, int]:
+def exact(model: MobileNetV2, images: Tensor) -> tuple[Tensor, int]:
     """The logits of the plain composition in float64, and the multiply-adds per image."""
     plain = copy.deepcopy(model).double()
     plain.fused = False
@@ -309,8 +314,6 @@ def _exact(model: MobileNetV2, images: Tensor) -> tuple[Tensor, int]:
 
 
 def _verify(row: Row, worker: _Worker, exact: Tensor) -> None:
-    if row.error:
-        return
     logits, row.error = worker.ask("logits")
     if row.error:
         return
@@ -323,46 +326,59 @@ def _verify(row: Row, worker: _Worker, exact: Tensor) -> None:
         row.error = f"its logits are off by {error:.1e} (relative norm), more than {TOLERANCE:g}: not timed"
 
 
-def _memory(worker: _Worker, base: _Worker, images: Tensor) -> tuple[float | None, float | None]:
-    """(memory_mb, resident_mb) as documented in Row; None where the system does not tell."""
-    base.error()
-    (peak, peak_input), (base_peak, base_input) = ((w.ask("peak")[0] or (None, 0)) for w in (worker, base))
-    if peak is None:
-        return None, None
-    memory = None if base_peak is None else (peak - base_peak - (peak_input - base_input)) / 1e6
-    return memory, peak / 1e6
+def _measure_memory(row: Row, worker: _Worker, base: _Worker) -> None:
+    (full, row.error), (least, error) = worker.ask("peak"), base.ask("peak")
+    row.error = row.error or error
+    if full and least and not row.error:
+        row.resident_mb = full[0] / 1e6
+        row.memory_mb = (full[0] - full[1] - (least[0] - least[1])) / 1e6
 
 
 def _time(result: Result, timed: list[tuple[Row, _Worker]], progress: Callable[[float], None]) -> None:
     """Rounds of turns: in each round every runner has one, in an order drawn anew, and the FMA peak is measured."""
     options = result.options
     seconds: dict[str, list[float]] = {row.name: [] for row, _ in timed}
-    peaks: list[float] = []
     order = random.Random(0)
+    peaks = [fma_peak(result.peak_kernel, options.threads)]
     start = time.perf_counter()
-    with ThreadPoolExecutor(options.threads) as pool:
-        while timed and (result.rounds < options.rounds or time.perf_counter() - start < options.seconds):
-            measured = pool.map(lambda _: _C.fma_peak(result.peak_kernel, PEAK_SECONDS), range(options.threads))
-            peaks.append(sum(measured))
-            for row, worker in order.sample(timed, len(timed)):
-                calls, row.error = worker.ask("time")
-                if not row.error:
-                    seconds[row.name] += calls
-            timed = [(row, worker) for row, worker in timed if not row.error]
-            result.rounds += 1
-            elapsed = (time.perf_counter() - start) / options.seconds if options.seconds else 1.0
-            progress(min(1.0, elapsed, result.rounds / options.rounds))
-    if peaks:
-        result.peak_gmacs = statistics.median(peaks)
+    while timed and (result.rounds < options.rounds or time.perf_counter() - start < options.seconds):
+        for row, worker in order.sample(timed, len(timed)):
+            _settle(options.threads)
+            calls, row.error = worker.ask("time")
+            if not row.error:
+                seconds[row.name] += calls
+        timed = [(row, worker) for row, worker in timed if not row.error]
+        _settle(options.threads)
+        peaks.append(fma_peak(result.peak_kernel, options.threads))
+        result.rounds += 1
+        elapsed = (time.perf_counter() - start) / options.seconds if options.seconds else 1.0
+        progress(min(1.0, elapsed, result.rounds / options.rounds))
+    result.peak_gmacs = statistics.median(peaks)
     for row, _ in timed:
         per_image = [1e3 * s / options.batch for s in seconds[row.name]]
-        row.q1_ms, row.ms, row.q3_ms = statistics.quantiles(per_image, n=4, method="inclusive")
+        row.q1_ms, row.ms, row.q3_ms = np.quantile(per_image, (0.25, 0.5, 0.75)).tolist()
         row.calls = len(per_image)
         row.gmacs = result.macs / row.ms / 1e6
         row.share_of_peak = row.gmacs / result.peak_gmacs
     fused = next((row.ms for row, _ in timed if row.name == "fused"), None)
     for row, _ in timed:
         row.slower = row.ms / fused if fused else None
+
+
+def _settle(threads: int) -> None:
+    if threads > 1:
+        time.sleep(SETTLE_SECONDS)
+
+
+def best_kernel(dtype: torch.dtype = torch.float32) -> str:
+    """The best kernel row of this dtype that the CPU supports, whatever MNV2_FUSED_KERNEL says."""
+    return next(kernel.name for kernel in kernels() if kernel.supported and kernel.dtype == dtype)
+
+
+def fma_peak(kernel: str, threads: int) -> float:
+    """Multiply-adds in registers with this row's vectors, by `threads` threads at once, in 10^9 a second."""
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(lambda _: _C.fma_peak(kernel, PEAK_SECONDS), range(threads)))
 
 
 # ---- The workers
@@ -385,10 +401,8 @@ class _Worker:
         return self._receive()[1]
 
     def ask(self, command: str) -> tuple[Any, str]:
-        try:
+        with suppress(OSError):  # it has ended: what it said last is still in the pipe
             self._pipe.send(command)
-        except OSError:
-            pass  # it has ended: what it said last is still in the pipe
         return self._receive()
 
     def _receive(self) -> tuple[Any, str]:
@@ -399,8 +413,13 @@ class _Worker:
             said = self._log.read_text(errors="replace").strip().splitlines()[-1:] if self._log.exists() else []
             return None, ": ".join([f"its process ended with exit code {self._process.exitcode}", *said])
 
-    def stop(self) -> None:
+    def leave(self) -> None:
+        """Tells the process to end, which it does once it is idle."""
         self._pipe.close()
+
+    def stop(self) -> None:
+        self.leave()
+        self._process.join(2)
         self._process.terminate()
         self._process.join()
 
@@ -425,6 +444,8 @@ def _workers(
             yield workers[: len(runners)], workers[len(runners) :]
         finally:
             for worker in workers:
+                worker.leave()
+            for worker in workers:
                 worker.stop()
 
 
@@ -443,7 +464,11 @@ def _serve(pipe: Connection, log: Path, source: Path, name: str, threads: int, k
         call = runner.prepare(model, x, threads)
         call(x)
         pipe.send((None, ""))
-        commands = {"logits": lambda: torch.as_tensor(call(x)), "time": lambda: _turn(call, x), "peak": lambda: _peak(call, x)}
+        commands = {
+            "logits": lambda: torch.as_tensor(call(x)),
+            "time": lambda: _turn(call, x),
+            "peak": lambda: _peak(call, x),
+        }
         while True:
             pipe.send((commands[pipe.recv()](), ""))
     except EOFError:
@@ -464,12 +489,13 @@ def _turn(call: Callable[[Tensor], Any], x: Tensor) -> list[float]:
     return calls
 
 
-def _peak(call: Callable[[Tensor], Any], x: Tensor) -> tuple[int | None, int]:
-    """The peak of the resident memory during calls, and the size of the input, in bytes."""
-    gc.collect()
+def _peak(call: Callable[[Tensor], Any], x: Tensor) -> tuple[int, int] | None:
+    """The peak of the resident memory during calls and the size of the input, in bytes; None where it is not told."""
     if sys.platform != "linux":
-        return None, x.nbytes
-    ctypes.CDLL(None).malloc_trim(0)  # what loading and compiling left on the heap is not inference's
+        return None
+    gc.collect()
+    with suppress(AttributeError):  # glibc's: what loading and compiling left on the heap is not inference's
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
     for _ in range(3):
         call(x)

@@ -1,13 +1,14 @@
-"""The command `mnv2-fused`: info, bench, classify, demo. Results go to stdout, all that is said about them to stderr."""
+"""The command `mnv2-fused`: info, bench, classify, demo. Results go to stdout, remarks and errors to stderr."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,11 +25,12 @@ from rich.text import Text
 
 import mnv2_fused
 
-from . import _C, images
-from .weights import TORCHVISION_URL, load_model, random_model
+from . import _C, benchmark, images
+from .weights import TORCHVISION_URL, WeightsError, infer_architecture, load_model, random_model
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from .mobilenet_v2 import MobileNetV2
 
@@ -38,10 +41,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Without markup and emoji: labels and paths may hold [brackets] and :colons:.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 MAX_LABEL_BYTES = 16 << 20
+PIPE_WIDTH = 132  # columns where stdout is no terminal; rich would take 80 and fold the tables
+
+Answers = dict[str, dict[str, dict[int, float]]]  # photograph -> "fused" or "PyTorch" -> class -> probability
 
 
 def _printable(text: object, limit: int = 1000) -> str:
@@ -60,13 +67,13 @@ def _note(message: object) -> None:
 
 
 @contextmanager
-def _progress(description: str, total: float | None, *columns: Any) -> Iterator[Any]:
-    """Yields advance(steps=1, description=None); the bar is on stderr, and only where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
+def _progress(description: str, total: float, *columns: Any) -> Iterator[Callable[[float, str | None], None]]:
+    """Yields show(done, description=None); the bar is on stderr, and only where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn())
     # redirect_stdout would send results to stderr while the bar is up.
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal, redirect_stdout=False) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda steps=1, description=None: bar.update(task, advance=steps, description=description)
+        yield lambda done, description=None: bar.update(task, completed=done, description=description)
 
 
 def _print_json(value: object) -> None:
@@ -87,6 +94,8 @@ def main(
 ) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding cannot
+    if not out.is_terminal:
+        out.width = PIPE_WIDTH
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -178,6 +187,75 @@ def _info_tables(report: dict[str, Any]) -> Table:
     return page
 
 
+# ---- bench
+
+
+@app.command()
+def bench(
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, show_default="torch's", help="Threads of each runner.")] = None,
+    width: Annotated[float, typer.Option(min=0.05, max=10, help="Width multiplier of the network.")] = 1.0,
+    resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    kernel: Annotated[
+        str | None, typer.Option(metavar="NAME", show_default="the best", help="Kernel to run, as info lists them.")
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also onnxruntime, openvino, ai-edge-litert, ncnn, if installed.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Time to measure; start-up and verification come on top.")] = 20,
+    as_json: JsonOption = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the times: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Time the fused network against PyTorch eager, channels_last and torch.compile; --peers adds other runtimes.
+
+    All runners have the same weights. First the outputs are verified, then all are timed in alternation. The exit
+    status is 1 when a runner failed or its outputs were wrong.
+    """
+    if plot:
+        _check_plot(plot)
+    try:
+        options = benchmark.Options(
+            batch=batch,
+            threads=threads,
+            width=width,
+            resolution=resolution,
+            kernel=kernel,
+            peers=peers,
+            seconds=seconds,
+        )
+        with _progress("starting", 1.0) as show:
+            result = benchmark.run(options, progress=show)
+    except ValueError as error:
+        _fail(error)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        out.print(result.table())
+    if plot:
+        _save(plot, lambda: result.plot(plot))
+    if failed := [row.name for row in result.rows if row.error]:
+        _fail(f"not timed: {', '.join(failed)}", status=1)
+
+
+def _check_plot(path: Path) -> None:
+    """Before minutes of work, not after: can a plot be written there?"""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _fail("a plot needs matplotlib: pip install 'mnv2-fused[demo]'")
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats or not path.parent.is_dir() or path.is_dir():
+        _fail(f"--plot {path}: expected a file name like plot.png, in a folder that exists")
+
+
+def _save(path: Path, save: Callable[[], None]) -> None:
+    try:
+        save()
+    except OSError as error:
+        _fail(f"cannot write {path} ({error})", status=1)
+    _note(f"wrote {path}")
+
+
 # ---- classify
 
 
@@ -217,6 +295,7 @@ def classify(
         resize = 232 if weights == "torchvision" else round(crop * 8 / 7)
     if not crop <= resize <= 8192:
         _fail(f"--resize must be between --crop ({crop}) and 8192, got {resize}")
+    _check_kernel()
     files = _find(paths, recursive)
     model = _load(weights)
     names = _read_labels(labels, model.num_classes) if labels else None
@@ -226,7 +305,7 @@ def classify(
     results: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     interrupted = False
-    with _progress("classifying", len(files), MofNCompleteColumn()) as advance:
+    with _progress("classifying", len(files), MofNCompleteColumn(), TimeRemainingColumn()) as show:
         try:
             for path, answer in _predict(model, files, topk, batch_size, resize, crop):
                 if isinstance(answer, images.ImageError):
@@ -238,7 +317,7 @@ def classify(
                         for index, probability in answer
                     ]
                     results.append({"path": str(path), "top": top})
-                advance()
+                show(len(results) + len(skipped))
         except KeyboardInterrupt:
             interrupted = True
 
@@ -262,11 +341,17 @@ def _find(paths: list[Path], recursive: bool) -> list[Path]:
     return files
 
 
-def _load(weights: str) -> MobileNetV2:
+def _check_kernel() -> None:
     try:
         mnv2_fused.selected_kernel()
+    except ValueError as error:  # MNV2_FUSED_KERNEL names one that cannot run
+        _fail(error)
+
+
+def _load(weights: str) -> MobileNetV2:
+    try:
         model = load_model(weights)
-    except ValueError as error:  # an impossible MNV2_FUSED_KERNEL, or a WeightsError
+    except WeightsError as error:
         _fail(error)
     if model.in_channels != 3:
         _fail(f"{weights}: made for pictures of {model.in_channels} channels; RGB has 3")
@@ -336,8 +421,11 @@ def _print_top(results: list[dict[str, Any]]) -> None:
 
 # ---- demo
 
-# Relative norm. Each float32 run of the 53 layers is about 1e-5 from exact, and centred logits cancel a few times that.
+# Relative norm. A float32 run of the 53 layers is about 1e-5 from exact; centred logits cancel, which magnifies it.
 TOLERANCE = 1e-4
+
+DEMO_SECONDS = 8.0
+FUSED_COLOR, OTHER_COLOR = "tab:green", "tab:gray"
 
 
 @app.command()
@@ -361,53 +449,136 @@ def demo(
     Takes less than a minute. The photographs come with scikit-learn: pip install 'mnv2-fused[demo]'.
     """
     try:
-        from matplotlib.figure import Figure
         from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        _fail(f"the demo needs {error.name}: pip install 'mnv2-fused[demo]'")
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    if plot.suffix.removeprefix(".") not in figure.canvas.get_supported_filetypes() or not plot.parent.is_dir():
-        _fail(f"--plot {plot}: expected a name like demo.png in a folder that exists")
-
+    except ImportError:
+        _fail("the demo needs scikit-learn: pip install 'mnv2-fused[demo]'")
+    _check_plot(plot)
     samples = load_sample_images()
-    photos = [(Path(name).name, fromarray(pixels)) for name, pixels in zip(samples.filenames, samples.images)]
+    files = [Path(name).name for name in samples.filenames]
+    photos = dict(zip(files, map(Image.fromarray, samples.images), strict=True))
+    _check_kernel()
     if weights == "random":
-        model = random_model(_crops([photo for _, photo in photos]))
         _note(
-            "random weights, since trained ones are a download (--weights torchvision): the classes mean nothing, "
-            "that both computations find the same ones does"
+            "Random weights, as trained ones are a download (--weights torchvision): the classes mean nothing, "
+            "but fused and plain PyTorch must find the same ones."
         )
+        model = random_model(_crops(photos.values()))
     else:
         model = _load(weights)
     names = _read_labels(labels, model.num_classes) if labels else None
+    inputs = torch.from_numpy(np.stack([images.preprocess(photo, 232) for photo in photos.values()]))
 
-    inputs = torch.from_numpy(np.stack([images.preprocess(photo, 232) for _, photo in photos]))
-    fused, plain, exact = _three_ways(model, inputs)
-    answers = [(_named(fused[i], names), _named(plain[i], names)) for i in range(len(photos))]
-    out.print(_answers_table([name for name, _ in photos], answers))
-    same_classes = torch.equal(fused.topk(5).indices, plain.topk(5).indices)
-    difference = _distance(fused, plain)
-    out.print(_agreement(fused, plain, exact, same_classes))
+    answers, agree, verdict = _compare(model, inputs, list(photos))
+    out.print(_answers_table(answers, names))
+    out.print(verdict + "\n")
+    options = benchmark.Options(
+        width=infer_architecture(model.state_dict())["width_mult"],
+        runners=("fused", "eager", "eager channels_last"),
+        seconds=DEMO_SECONDS,
+    )
+    with _progress("timing", 1.0) as show:
+        result = benchmark.run(options, model, inputs[:1], show)
+    out.print(result.table())
+    title = f"{result.title}, {_C.cpu_name()}, weights: {_printable(weights, 60)}"
+    _save(plot, lambda: _draw(photos, answers, names, result, title).savefig(plot, dpi=120))
+    if not agree or any(row.error for row in result.rows):
+        _fail("fused and plain PyTorch disagree, or one of them failed", status=1)
 
 
-def _crops(photos: list[Image], count: int = 4) -> torch.Tensor:
+def _compare(model: MobileNetV2, inputs: torch.Tensor, photos: list[str]) -> tuple[Answers, bool, str]:
+    """The top 5 of the fused network and of the same modules in plain PyTorch, whether they agree, and by how much."""
+    plain = copy.deepcopy(model)
+    plain.fused = False
+    with torch.inference_mode():
+        logits = {"fused": model(inputs), "PyTorch": plain(inputs)}
+        exact = plain.double()(inputs.double())
+    if not all(values.isfinite().all() for values in (*logits.values(), exact)):
+        _fail("the network's output is not finite: the weights do not fit such pictures")
+    topk = min(5, model.num_classes)
+    answers = {
+        photo: {way: dict(_top(values[i], topk)) for way, values in logits.items()} for i, photo in enumerate(photos)
+    }
+    fused, plain_logits = logits.values()
+    distance = _distance(fused, plain_logits)
+    agree = distance <= TOLERANCE and all(list(ways["fused"]) == list(ways["PyTorch"]) for ways in answers.values())
+    verdict = (
+        f"Fused and plain PyTorch {'agree' if agree else 'DISAGREE'}: the logits, up to {exact.abs().max():.1f}, "
+        f"differ by at most {(fused - plain_logits).abs().max():.1e}, in relative norm by {distance:.1e}. "
+        f"From a float64 run fused is {_distance(fused, exact):.1e} away, PyTorch {_distance(plain_logits, exact):.1e}."
+    )
+    return answers, agree, verdict
+
+
+def _crops(photos: Iterable[Image.Image], count: int = 4) -> torch.Tensor:
     rng = np.random.default_rng(0)
     pixels = []
     for photo in photos:
         for side in rng.integers(min(photo.size) // 2, min(photo.size), count):
-            left, top = rng.integers(0, photo.width - side), rng.integers(0, photo.height - side)
+            left, top = rng.integers(photo.width - side), rng.integers(photo.height - side)
             pixels.append(images.preprocess(photo.crop((left, top, left + side, top + side))))
     return torch.from_numpy(np.stack(pixels))
-
-
-def _three_ways(model: MobileNetV2, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of the fused network, of the same modules in plain PyTorch, and of those in float64."""
-    plain = copy.deepcopy(model)
-    plain.fused = False
-    with torch.inference_mode():
-        return model(inputs), plain(inputs), plain.double()(inputs.double())
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
+
+def _class_name(index: int, names: list[str] | None) -> str:
+    return _printable(names[index], 40) if names else f"class {index}"
+
+
+def _answers_table(answers: Answers, names: list[str] | None) -> Table:
+    table = Table()
+    table.add_column("photograph", style="bold")
+    for way in next(iter(answers.values())):
+        table.add_column(f"{way}, top 5")
+        table.add_column("", justify="right")
+    for photo, ways in answers.items():
+        for rank, tops in enumerate(zip(*(ways[way].items() for way in ways), strict=True)):
+            cells = [text for index, probability in tops for text in (_class_name(index, names), f"{probability:.2%}")]
+            table.add_row(photo if rank == 0 else "", *cells, end_section=rank + 1 == len(ways["fused"]))
+    return table
+
+
+def _draw(
+    photos: dict[str, Image.Image], answers: Answers, names: list[str] | None, result: benchmark.Result, title: str
+) -> Figure:
+    """A row for each photograph with the top 5 of both; beside them the times and the memory."""
+    from matplotlib.figure import Figure
+
+    def literal(text: str) -> str:  # matplotlib takes what stands between dollars for TeX
+        return text.replace("$", r"\$")
+
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1.15))
+    for i, (name, photo) in enumerate(photos.items()):
+        axes = figure.add_subplot(grid[i, 0])
+        axes.imshow(photo)
+        axes.set_title(name)
+        axes.axis("off")
+        axes = figure.add_subplot(grid[i, 1])
+        ranks = np.arange(len(answers[name]["fused"]))
+        for way, offset, color in (("fused", -0.2, FUSED_COLOR), ("PyTorch", 0.2, OTHER_COLOR)):
+            percent = [100 * probability for probability in answers[name][way].values()]
+            axes.barh(ranks + offset, percent, height=0.4, color=color, label=way)
+        axes.set_yticks(ranks, [literal(_class_name(index, names)) for index in answers[name]["fused"]])
+        axes.invert_yaxis()
+        axes.set_title("top 5, probability in %")
+        axes.spines[["top", "right"]].set_visible(False)
+        if i == 0:
+            axes.legend(loc="lower right", frameon=False)
+    _bars(figure.add_subplot(grid[0, 2]), result.rows, "ms", "ms per image, batch 1 (median)")
+    _bars(figure.add_subplot(grid[1, 2]), result.rows, "memory_mb", "memory beyond the model and its input, MB")
+    figure.suptitle(literal(title))
+    return figure
+
+
+def _bars(axes: Axes, rows: list[benchmark.Row], field: str, title: str) -> None:
+    values = {row.name: getattr(row, field) for row in rows if getattr(row, field) is not None}
+    colors = [FUSED_COLOR if name == "fused" else OTHER_COLOR for name in values]
+    bars = axes.barh(list(values), list(values.values()), color=colors)
+    axes.bar_label(bars, [f"{value:.1f}" for value in values.values()], padding=4)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)

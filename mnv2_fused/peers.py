@@ -82,7 +82,7 @@ def _compile(model: MobileNetV2, example: Tensor, threads: int) -> Call:
     from torch._inductor.utils import run_and_get_code
 
     compiled = torch.compile(_plain(model, threads))
-    # Dynamo reads the flag too, so that torch.compile's own `options` are not enough; no other graph is compiled inside.
+    # Dynamo reads the flag too: torch.compile's own `options` would not do. Nothing else is compiled while it is set.
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         _, code = run_and_get_code(compiled, example)
     if any("batch_norm" in text for text in code):  # kernels are named after the operators in them
@@ -96,8 +96,8 @@ def _compile(model: MobileNetV2, example: Tensor, threads: int) -> Call:
 class Layer(NamedTuple):
     """A convolution with its BatchNorm folded in, in float32.
 
-    weight [C_out, C_in / groups, k, k], bias [C_out]; padding k // 2 on every side; then ReLU6 if `relu6`, or the output
-    of the layer of index `residual` is added.
+    weight [C_out, C_in / groups, k, k], bias [C_out]; padding k // 2 on every side; then ReLU6 if `relu6`, or the
+    output of the layer of index `residual` is added.
     """
 
     weight: np.ndarray
@@ -113,7 +113,7 @@ class Layer(NamedTuple):
 
 
 class Network(NamedTuple):
-    """The layers, each fed by the one before; then the mean over the pixels and one linear layer [classes, features]."""
+    """The layers, each fed by the one before; then the mean over the pixels and a linear layer [classes, features]."""
 
     layers: list[Layer]
     weight: np.ndarray
@@ -221,7 +221,7 @@ def _openvino(model: MobileNetV2, example: Tensor, threads: int) -> Call:
 def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
     """A .tflite file for inputs [N, H, W, C], given their shape as [N, C, H, W].
 
-    Stride 2 is an explicit zero padding by one pixel on every side: TensorFlow's own SAME padding is (0, 1) at even sizes.
+    Stride 2 comes after an explicit padding by one pixel on every side: TensorFlow's own SAME is (0, 1) at even sizes.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -247,9 +247,12 @@ def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
         output = tensor(shape)
         operators.append(
             schema.OperatorT(
-                opcodeIndex=used.index(code), inputs=inputs, outputs=[output],
-                builtinOptionsType=getattr(options_of, kind), builtinOptions=getattr(schema, kind + "T")(**options),
-            )  # fmt: skip
+                opcodeIndex=used.index(code),
+                inputs=inputs,
+                outputs=[output],
+                builtinOptionsType=getattr(options_of, kind),
+                builtinOptions=getattr(schema, kind + "T")(**options),
+            )
         )
         return output
 
@@ -267,9 +270,11 @@ def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
         channels = len(layer.bias)
         inputs = [x, constant(weight.transpose(1, 2, 3, 0) if depthwise else weight.transpose(0, 2, 3, 1))]
         options = dict(
-            padding=padding, strideW=layer.stride, strideH=layer.stride,
+            padding=padding,
+            strideW=layer.stride,
+            strideH=layer.stride,
             fusedActivationFunction=getattr(schema.ActivationFunctionType, "RELU6" if layer.relu6 else "NONE"),
-        )  # fmt: skip
+        )
         name, kind = ("DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions") if depthwise else ("CONV_2D", "Conv2DOptions")
         if depthwise:
             options["depthMultiplier"] = 1

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mnv2_fused
-from mnv2_fused import cli, images
+from mnv2_fused import benchmark, cli, images
 from mnv2_fused.cli import app
 from mnv2_fused.weights import random_model
 
@@ -130,8 +129,14 @@ def test_classify_csv(folder):
 def test_classify_for_people(folder):
     text = run("classify", folder / "pictures" / "b.png", "--weights", folder / "weights.pth").stdout
     assert "b.png" in text and text.count("class ") == 5 and text.count("%") == 5
-    named = run("classify", folder / "pictures" / "b.png", "--weights", folder / "weights.pth",
-                "--labels", folder / "labels.txt").stdout
+    named = run(
+        "classify",
+        folder / "pictures" / "b.png",
+        "--weights",
+        folder / "weights.pth",
+        "--labels",
+        folder / "labels.txt",
+    ).stdout
     assert named.count("thing ") == 5
 
 
@@ -223,6 +228,103 @@ def test_an_interrupt_keeps_what_is_done(folder, monkeypatch):
     result = run("classify", folder / "pictures", "--weights", folder / "weights.pth", "--json", status=130)
     assert len(json.loads(result.stdout)["results"]) == 1
     assert "interrupted after 1 of 2" in result.stderr
+
+
+# ---- bench; what it measures is tested with benchmark.py
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """benchmark.run replaced: keeps the options it was given, answers at once."""
+
+    def run(options, model=None, images=None, progress=None):
+        result.options = options
+        progress(0.5, "half way")
+        return result
+
+    rows = [
+        benchmark.Row("fused", "1", relative_error=1e-6, ms=2.5, q1_ms=2.0, q3_ms=3.0, calls=9, slower=1.0, gmacs=9.9),
+        benchmark.Row("eager", "2", relative_error=1e-6, ms=5.0, q1_ms=4.0, q3_ms=6.0, calls=9, slower=2.0, gmacs=4.9),
+    ]
+    result = benchmark.Result(benchmark.Options(), rows, macs=300_000_000, peak_kernel="avx2_f32", peak_gmacs=50.0)
+    monkeypatch.setattr(benchmark, "run", run)
+    return result
+
+
+def test_bench_passes_its_options_on(measured):
+    args = "--batch 2 --threads 1 --width 0.5 --resolution 64 --kernel scalar_f32 --seconds 3 --peers".split()
+    report = json.loads(run("bench", *args, "--json").stdout)
+    options = benchmark.Options(2, 1, 0.5, 64, "scalar_f32", True, seconds=3.0)
+    assert measured.options == options
+    assert [row["name"] for row in report["rows"]] == ["fused", "eager"] and report["rows"][0]["ms"] == 2.5
+
+
+def test_bench_table_and_plot(measured, tmp_path):
+    result = run("bench", "--plot", tmp_path / "a.png")
+    assert all(text in result.stdout for text in ("fused", "2.50", "eager", "5.00"))
+    assert Image.open(tmp_path / "a.png").width > 100
+    assert "a.png" in result.stderr
+
+
+def test_bench_with_a_failed_runner(measured):
+    measured.rows[1] = benchmark.Row("eager", "2", error="its logits are off")
+    result = run("bench", status=1)
+    assert "its logits are off" in result.stdout and "not timed: eager" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args, word",
+    [
+        (["--kernel", "avx9000_f32"], "avx9000_f32"),
+        (["--kernel", "scalar_f64"], "scalar_f64"),
+        (["--plot", "nowhere/a.png"], "a folder that exists"),
+        (["--plot", "a.xyz"], "a.xyz"),
+    ],
+)
+def test_what_bench_cannot_do_is_one_line(args, word):
+    result = run("bench", *args, status=2)
+    assert result.stdout == "" and word in result.stderr and result.stderr.count("\n") == 1
+
+
+# ---- demo
+
+
+def test_demo(tmp_path, monkeypatch):
+    """The whole of it, but for the seconds of timing."""
+    monkeypatch.setattr(cli, "DEMO_SECONDS", 0.0)
+    result = run("demo", "--plot", tmp_path / "demo.png")
+    assert "plain PyTorch agree" in result.stdout and "Random weights" in result.stderr
+    assert all(text in result.stdout for text in ("china.jpg", "flower.jpg", "eager channels_last"))
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 1000  # photographs, not a blank
+
+
+def test_demo_with_weights_and_labels(folder, tmp_path, measured):
+    (tmp_path / "labels.txt").write_text("".join(f"$thing [b]{i}\n" for i in range(10)))  # TeX and markup, if taken so
+    args = ("--weights", folder / "weights.pth", "--labels", tmp_path / "labels.txt", "--plot", tmp_path / "demo.svg")
+    measured.rows[0].memory_mb = 3.0
+    shown = run("demo", *args)
+    assert shown.stdout.count("$thing [b]") == 20 and "Random" not in shown.stderr
+    assert measured.options.width == 0.35
+    assert (tmp_path / "demo.svg").read_text().count("<svg") == 1
+
+
+def test_demo_notices_a_disagreement(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(cli, "TOLERANCE", -1.0)
+    result = run("demo", "--plot", tmp_path / "demo.png", status=1)
+    assert "DISAGREE" in result.stdout and "disagree" in result.stderr
+
+
+@pytest.mark.parametrize("module", ["sklearn.datasets", "matplotlib.figure"])
+def test_a_missing_extra_is_one_line(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run("demo", status=2)
+    assert "pip install 'mnv2-fused[demo]'" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_demo_cannot_write(tmp_path):
+    result = run("demo", "--plot", tmp_path / "nowhere" / "demo.png", status=2)
+    assert "a folder that exists" in result.stderr and result.stdout == ""
 
 
 # ---- as a process

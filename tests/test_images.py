@@ -131,7 +131,7 @@ def test_pixel_limit_is_inclusive(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "tif", "webp"])
 def test_every_truncation_is_reported(tmp_path, suffix):
-    """Cut anywhere in the first 90%, a file gives ImageError, or (GIF keeps its complete rows) a picture; never more."""
+    """Cut anywhere in its first 90%, a file gives ImageError or (GIF keeps complete rows) a picture, nothing else."""
     path = tmp_path / f"a.{suffix}"
     picture().save(path)
     content = path.read_bytes()

@@ -187,20 +187,23 @@ struct Forward {
     int dilation;
   };
 
-  // R x C outputs of one vector of channels from rows[0 .. (R - 1) * S + 2 * dilation]. With D (dilation 1) every
-  // input is loaded once for all the outputs of its tile.
+  // The constants of one vector of channels, kept in registers along a row.
+  struct Taps {
+    V w[9], bias;
+  };
+
+  // R x C outputs of one vector of channels; row i of their inputs begins at rows[i] + start. With D (dilation 1) every
+  // input is loaded once for all the outputs of the tile.
   template <int S, bool D, int R, int C>
-  static void filter(const Filter& f, const T* const* rows, int column) {
-    V w[9], acc[R][C];
-    MNV2_UNROLL for (int i = 0; i < 9; ++i) w[i] = Isa::load(f.weight + i * kLanes);
-    const V bias = Isa::load(f.bias);
+  static MNV2_INLINE void filter(const Taps& t, const Filter& f, const T* const* rows, int64_t start, T* d) {
+    V acc[R][C];
     MNV2_UNROLL for (int r = 0; r < R; ++r) {
-      MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = bias;
+      MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = t.bias;
     }
-    const int64_t start = int64_t(column) * S * kPanel;
     if constexpr (D) {
       MNV2_UNROLL for (int i = 0; i < (R - 1) * S + 3; ++i) {
         const T* row = rows[i] + start;
+        asm volatile("" : "+r"(row));  // or the compiler keeps a register for every column instead of every row
         MNV2_UNROLL for (int j = 0; j < (C - 1) * S + 3; ++j) {
           const V v = Isa::load(row + j * kPanel);
           MNV2_UNROLL for (int r = 0; r < R; ++r) {
@@ -208,7 +211,7 @@ struct Forward {
             if (ky < 0 || ky > 2) continue;
             MNV2_UNROLL for (int c = 0; c < C; ++c) {
               const int kx = j - c * S;
-              if (kx >= 0 && kx <= 2) acc[r][c] = Isa::fmadd(v, w[ky * 3 + kx], acc[r][c]);
+              if (kx >= 0 && kx <= 2) acc[r][c] = Isa::fmadd(v, t.w[ky * 3 + kx], acc[r][c]);
             }
           }
         }
@@ -219,26 +222,38 @@ struct Forward {
         const T* row = rows[ky * f.dilation] + start;
         MNV2_UNROLL for (int kx = 0; kx < 3; ++kx) {
           const T* x = row + kx * f.dilation * kPanel;
+          asm volatile("" : "+r"(x));
           MNV2_UNROLL for (int c = 0; c < C; ++c) {
-            acc[0][c] = Isa::fmadd(Isa::load(x + c * S * kPanel), w[ky * 3 + kx], acc[0][c]);
+            acc[0][c] = Isa::fmadd(Isa::load(x + c * S * kPanel), t.w[ky * 3 + kx], acc[0][c]);
           }
         }
       }
     }
     MNV2_UNROLL for (int r = 0; r < R; ++r) {
+      T* out = d + r * f.d_row;
       MNV2_UNROLL for (int c = 0; c < C; ++c) {
-        Isa::store(f.d + r * f.d_row + (column + c) * f.d_column, relu6(acc[r][c]));
+        Isa::store(out, relu6(acc[r][c]));
+        out += f.d_column;
+        asm volatile("" : "+r"(out));
       }
     }
   }
 
-  // The output columns [column, end) of R rows: whole tiles, then one of what is left.
-  template <int S, bool D, int R, int C = kColumns>
-  static MNV2_INLINE void filter_rows(const Filter& f, const T* const* rows, int column, int end) {
-    for (; column + C <= end; column += C) filter<S, D, R, C>(f, rows, column);
-    if constexpr (C > 1) {
-      if (column < end) filter_rows<S, D, R, C / 2>(f, rows, column, end);
+  // Output columns [column, end) of R rows: whole tiles, then ever smaller ones.
+  template <int S, bool D, int R, int C>
+  static MNV2_INLINE void filter_columns(const Taps& t, const Filter& f, const T* const* rows, int column, int end) {
+    for (; column + C <= end; column += C) {
+      filter<S, D, R, C>(t, f, rows, int64_t(column) * S * kPanel, f.d + column * f.d_column);
     }
+    if constexpr (C > 1) filter_columns<S, D, R, C / 2>(t, f, rows, column, end);
+  }
+
+  template <int S, bool D, int R>
+  static __attribute__((noinline)) void filter_rows(const Filter& f, const T* const* rows, int column_count) {
+    Taps t;
+    MNV2_UNROLL for (int i = 0; i < 9; ++i) t.w[i] = Isa::load(f.weight + i * kLanes);
+    t.bias = Isa::load(f.bias);
+    filter_columns<S, D, R, kColumns>(t, f, rows, 0, column_count);
   }
 
   template <int S, bool D>
@@ -248,12 +263,12 @@ struct Forward {
     if constexpr (D && kRows > 1) {
       for (; r + kRows <= row_count; r += kRows) {
         f.d = d + r * f.d_row;
-        filter_rows<S, D, kRows>(f, rows + r * S, 0, column_count);
+        filter_rows<S, D, kRows>(f, rows + r * S, column_count);
       }
     }
     for (; r < row_count; ++r) {
       f.d = d + r * f.d_row;
-      filter_rows<S, D, 1>(f, rows + r * S, 0, column_count);
+      filter_rows<S, D, 1>(f, rows + r * S, column_count);
     }
   }
 

@@ -1,0 +1,277 @@
+"""The engine of `mnv2-fused bench`, and the runners of peers.py: each computes the network's logits."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import mnv2_fused
+from mnv2_fused import benchmark, peers
+from mnv2_fused.benchmark import Options, Row
+from mnv2_fused.weights import random_model
+
+TORCH_RUNNERS = ("fused", "eager", "eager channels_last")
+SMALL = dict(width=0.35, resolution=32, threads=1, seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[mnv2_fused.MobileNetV2, torch.Tensor]:
+    """A narrow network, and two images whose sizes are odd and even, and differ."""
+    generator = torch.Generator().manual_seed(1)
+    model = random_model(torch.randn(8, 3, 64, 64, generator=generator), width_mult=0.35, num_classes=20)
+    return model, torch.randn(2, 3, 65, 38, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def result() -> benchmark.Result:
+    fractions: list[float] = []
+    options = Options(**SMALL, batch=2, rounds=3, runners=TORCH_RUNNERS, memory=False)
+    result = benchmark.run(options, progress=lambda fraction, description: fractions.append(fraction))
+    assert fractions == sorted(fractions) and fractions[0] == 0 and fractions[-1] == 1
+    return result
+
+
+# ---- runners
+
+
+@pytest.mark.parametrize("runner", peers.RUNNERS, ids=lambda runner: runner.name)
+def test_runner_computes_the_logits(runner, small, threads):
+    if reason := runner.missing():
+        pytest.skip(f"{runner.name} {reason}")
+    model, images = small
+    expected, _ = benchmark.exact(model, images)
+    x = runner.input(images)
+    logits = torch.as_tensor(runner.prepare(model, x, 2)(x))
+    assert logits.dtype == torch.float32 and logits.shape == expected.shape
+    error = (logits.double() - expected).norm() / expected.norm()
+    assert error < 2e-5, f"{runner.name} is off by {error:.1e} (relative norm)"
+    # Every image on its own: a mistake in one row of a batch is not lost in the norm of all.
+    errors = (logits.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert (errors < 2e-5).all(), errors
+    assert model.fused and not any(module.training for module in model.modules())
+
+
+def test_torch_compile_leaves_the_global_flags_alone(small, threads):
+    model, images = small
+    assert not torch._inductor.config.freezing
+    runner = next(runner for runner in peers.RUNNERS if runner.name == "torch.compile")
+    runner.prepare(model, images[:, :, :32, :32], 1)
+    assert not torch._inductor.config.freezing
+
+
+def test_fused_runner_refuses_a_model_that_would_not_run_fused(small, threads):
+    model, images = small
+    with pytest.raises(RuntimeError, match="would not run fused: .*float64"):
+        peers.RUNNERS[0].prepare(model, images.double(), 1)
+
+
+def test_description_covers_all_weights(small):
+    model, _ = small
+    network = peers.describe(model)
+    convs = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert [layer.weight.shape for layer in network.layers] == [tuple(conv.weight.shape) for conv in convs]
+    shortcuts = sum(getattr(module, "use_res_connect", False) for module in model.modules())
+    assert sum(layer.residual is not None for layer in network.layers) == shortcuts == 10
+
+
+def test_importing_the_benchmark_imports_no_peer():
+    code = "import sys, mnv2_fused.benchmark; print({'onnx', 'onnxruntime', 'openvino', 'ncnn'} & {*sys.modules})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "set()"
+
+
+# ---- the engine
+
+
+def test_rows(result):
+    assert [row.name for row in result.rows] == list(TORCH_RUNNERS)
+    for row in result.rows:
+        assert row.error == "" and 0 < row.relative_error < 2e-5
+        assert 0 < row.q1_ms <= row.ms <= row.q3_ms
+        assert row.calls >= result.rounds == 3
+        assert row.gmacs == pytest.approx(result.macs / (row.ms * 1e-3) / 1e9)
+        assert row.share_of_peak == pytest.approx(row.gmacs / result.peak_gmacs)
+        assert row.slower == pytest.approx(row.ms / result["fused"].ms)
+        assert row.memory_mb is None and row.resident_mb is None
+    assert result["fused"].version.split() == [mnv2_fused.__version__, mnv2_fused.selected_kernel()]
+
+
+def test_multiply_adds_are_the_papers():
+    model = random_model(torch.randn(2, 3, 64, 64))
+    logits, macs = benchmark.exact(model, torch.zeros(2, 3, 224, 224))
+    assert logits.dtype == torch.float64 and round(macs / 1e6, 2) == 300.77  # per image
+
+
+def test_dictionary_is_json(result):
+    report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert report["options"] | SMALL == report["options"]
+    assert report["options"]["kernel"] == mnv2_fused.selected_kernel()
+    assert {"machine", "system", "versions", "macs_per_image", "fma_peak", "rounds", "rows", "not_installed"} <= {
+        *report
+    }
+    assert [row["name"] for row in report["rows"]] == list(TORCH_RUNNERS)
+    assert report["rows"][0]["ms"] == result["fused"].ms
+
+
+def test_table(result):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(result.table())
+    text = console.file.getvalue()
+    assert "MobileNetV2 0.35/32, float32, batch 2, 1 thread" in text and "FMA peak" in text
+    assert all(name in text for name in TORCH_RUNNERS) and f"{result['eager'].ms:.2f}" in text
+
+
+@pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_plot(result, tmp_path, suffix, start):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plot.{suffix}"
+    result.plot(path)
+    assert path.read_bytes().startswith(start)
+
+
+def test_plot_in_an_unknown_format_is_refused(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="nonsense"):
+        result.plot(tmp_path / "plot.nonsense")
+
+
+def test_given_model_and_images_are_used_and_left_as_they_were(small):
+    model, images = small
+    images = images[:1, :, :32, :32]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = benchmark.run(Options(**SMALL, rounds=1, runners=("fused",), memory=False), model, images)
+    assert result["fused"].error == "" and model.fused
+    assert result.macs == benchmark.exact(model, images)[1]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"images must be float32 \[1, 3, 32, 32\], got .* \[2, 3, 32, 32\]"):
+        benchmark.run(Options(**SMALL), model, images.expand(2, -1, -1, -1))
+
+
+def test_forced_kernel(float32_kernel, monkeypatch):
+    monkeypatch.delenv("MNV2_FUSED_KERNEL")
+    options = Options(**SMALL, rounds=1, runners=("fused",), memory=False, kernel=float32_kernel.name)
+    result = benchmark.run(options)
+    assert result["fused"].error == "" and result["fused"].version.endswith(float32_kernel.name)
+    assert result.peak_kernel == benchmark.best_kernel()  # the machine's limit, whichever row runs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident memory is read from /proc")
+def test_memory():
+    batch, resolution = 16, 96
+    result = benchmark.run(
+        Options(batch, threads=1, resolution=resolution, seconds=0, rounds=1, runners=("fused", "eager"))
+    )
+    largest = batch * 96 * (resolution // 2) ** 2 * 4 / 1e6  # the expanded tensor of the second block, in MB
+    assert result["eager"].memory_mb > largest > result["fused"].memory_mb
+    for row in result.rows:
+        assert row.resident_mb > row.memory_mb
+
+
+# ---- what goes wrong
+
+
+class _Says:
+    """In place of a worker: gives these logits."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def ask(self, command: str) -> tuple[torch.Tensor, str]:
+        return self.logits, ""
+
+
+@pytest.mark.parametrize("factor, shown", [(1.002, 0.002), (math.nan, None)])
+def test_wrong_logits_are_not_timed(factor, shown):
+    exact = torch.randn(2, 10, dtype=torch.float64)
+    row = Row("wrong", "1")
+    benchmark._verify(row, _Says(exact * factor), exact)
+    assert "off by" in row.error and row.relative_error == (shown and pytest.approx(shown))
+    right = Row("right", "1")
+    benchmark._verify(right, _Says(exact * 1.0005), exact)
+    assert right.error == "" and right.relative_error == pytest.approx(0.0005)
+
+
+def test_logits_of_another_shape_are_not_timed():
+    row = Row("wrong", "1")
+    benchmark._verify(row, _Says(torch.ones(10)), torch.ones(2, 10))
+    assert row.error == "its logits are [10], expected [2, 10]"
+
+
+def test_a_row_with_an_error_is_shown():
+    result = benchmark.Result(Options(threads=1), [Row("broken", "1", "its process ended")], 1, "scalar_f32")
+    console = Console(file=io.StringIO(), width=160)
+    console.print(result.table())
+    assert "its process ended" in console.file.getvalue()
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_a_worker_that_dies_or_cannot_prepare_says_why(small):
+    model, images = small
+    options = Options(**SMALL, memory=False)
+    with benchmark._workers(list(peers.RUNNERS[:1]), options, model, images) as ((worker,), _):
+        assert worker.error() == ""
+        assert worker.ask("logits")[0].shape == (2, 20)
+        os.kill(worker._process.pid, signal.SIGKILL)
+        assert worker.ask("time") == (None, "its process ended with exit code -9")
+        assert worker.ask("time") == (None, "its process ended with exit code -9")
+    with benchmark._workers(list(peers.RUNNERS[:1]), options, model, images.double()) as ((worker,), _):
+        assert "RuntimeError: the model would not run fused" in worker.error()
+
+
+def test_peers_that_are_not_installed_are_named(monkeypatch):
+    absent = peers.Runner("imaginary", peers.RUNNERS[0].prepare, ("onnx-of-nobody", "imaginary-runtime"))
+    monkeypatch.setattr(benchmark, "RUNNERS", (peers.RUNNERS[0], absent))
+    result = benchmark.run(Options(**SMALL, rounds=1, peers=True, memory=False))
+    assert [row.name for row in result.rows] == ["fused"]
+    assert result.not_installed == {"imaginary": "not installed: pip install onnx-of-nobody imaginary-runtime"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(batch=0), "batch must be a whole number of at least 1, got 0"),
+        (dict(threads=0), "threads must be"),
+        (dict(resolution=1.5), "resolution must be"),
+        (dict(rounds=0), "rounds must be"),
+        (dict(width=0.0), "width must be"),
+        (dict(seconds=math.nan), "width must be above 0 and seconds not below 0"),
+        (dict(runners=("eager", "lazy")), r"runners must be among .*, got \['lazy'\]"),
+        (dict(kernel="scalar_f64"), "kernel must be one of .*, got 'scalar_f64'"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
+
+
+def test_a_kernel_that_the_cpu_lacks_is_refused(monkeypatch):
+    rows = [row._replace(supported=False, reason="no such unit") for row in mnv2_fused.kernels()]
+    monkeypatch.setattr(benchmark, "kernels", lambda: rows)
+    with pytest.raises(ValueError, match="kernel avx2_f32 cannot run here: no such unit"):
+        benchmark.run(Options(**SMALL, kernel="avx2_f32"))
+
+
+# ---- bench/
+
+
+def test_block_shapes_are_the_networks():
+    listed = json.loads((Path(__file__).parents[1] / "bench" / "blocks.json").read_text())
+    size, blocks = 112, []
+    for block in mnv2_fused.mobilenet_v2().features[1:-1]:
+        *_, depthwise, project, _ = block.conv
+        hidden = depthwise[0].out_channels
+        shape = dict(block=len(blocks) + 1, size=size, in_channels=block.in_channels, hidden_channels=hidden)
+        shape |= dict(out_channels=project.out_channels, stride=block.stride, residual=block.use_res_connect)
+        blocks.append(shape)
+        size //= block.stride
+    assert listed == blocks and len(blocks) == 17

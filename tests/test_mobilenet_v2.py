@@ -1,0 +1,931 @@
+"""MobileNetV2: torchvision's state dict and rules, the fused network's values, and packed weights that follow changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import mnv2_fused
+from mnv2_fused import InvertedResidual, MobileNetV2, mobilenet_v2
+from mnv2_fused.mobilenet_v2 import make_divisible
+
+WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.4)
+SIZES = ((224, 224), (97, 131), (65, 33), (32, 32))
+# Largest relative error of a row of logits, in norm: float32 with room for 50 layers.
+TOLERANCE = 2e-5
+STATE_DICT = json.loads(Path(__file__).with_name("data").joinpath("torchvision_state_dict.json").read_text())
+
+
+def settled(width_mult: float = 0.35, seed: int = 0, **options: Any) -> MobileNetV2:
+    """A model in eval mode as training leaves one: no channel, no statistic is like its neighbour."""
+    torch.manual_seed(seed)
+    model = MobileNetV2(width_mult=width_mult, **options)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(torch.empty(len(module.weight), 1, 1, 1).uniform_(0.5, 2))
+            elif isinstance(module, nn.Linear):
+                module.weight.normal_(0, 0.1)
+                module.bias.normal_()
+        for bn in norms:
+            bn.weight.uniform_(0.5, 1.5)
+            bn.bias.normal_(0, 0.5)
+            bn.momentum = None  # the mean over all batches so far, here one
+        model.train()(torch.randn(8, model.in_channels, 64, 64))
+        for bn in norms:
+            bn.momentum = 0.1
+            bn.running_mean.add_(0.2 * bn.running_var.sqrt() * torch.randn(bn.num_features))
+            bn.running_var.mul_(torch.empty(bn.num_features).uniform_(0.7, 1.4))
+    return model.eval()
+
+
+@cache
+def images(batch: int, height: int, width: int, channels: int = 3) -> Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(height * width))
+
+
+def plain(model: MobileNetV2, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The composition of a copy's modules, in float64."""
+    model = copy.deepcopy(model).to(dtype)
+    model.fused = False
+    with torch.no_grad():
+        return model(x.to(dtype))
+
+
+def fused(model: MobileNetV2, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        assert model.why_not_fused(x) == ""
+        return model(x)
+
+
+def error(y: Tensor, value: Tensor) -> float:
+    """The largest relative error of a row, in norm."""
+    assert y.shape == value.shape, f"shape {list(y.shape)}, expected {list(value.shape)}"
+    return float(((y.double() - value).flatten(1).norm(dim=1) / value.double().flatten(1).norm(dim=1)).max())
+
+
+def check(model: MobileNetV2, x: Tensor, **options: Any) -> Tensor:
+    y = fused(model, x)
+    assert error(y, plain(model, x)) < TOLERANCE
+    return y
+
+
+# --------------------------------------------------------------------------------------- torchvision's rules and keys
+
+
+def test_state_dict_is_torchvisions() -> None:
+    state = MobileNetV2().state_dict()
+    assert len(state) == 314
+    assert [[key, list(value.shape)] for key, value in state.items()] == STATE_DICT
+
+
+def test_no_other_state() -> None:
+    model = settled()
+    before = list(model.state_dict()), [name for name, _ in model.named_modules()]
+    fused(model, images(1, 32, 32))
+    model.forward_features(images(1, 32, 32))
+    assert (list(model.state_dict()), [name for name, _ in model.named_modules()]) == before
+    assert not list(model.buffers(recurse=False)) and not list(model.parameters(recurse=False))
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (1.4, [48, 24, 32, 48, 88, 136, 224, 448, 1792]),
+        (1.3, [40, 24, 32, 40, 80, 128, 208, 416, 1664]),
+        (1.0, [32, 16, 24, 32, 64, 96, 160, 320, 1280]),
+        (0.75, [24, 16, 24, 24, 48, 72, 120, 240, 1280]),
+        (0.5, [16, 8, 16, 16, 32, 48, 80, 160, 1280]),
+        (0.35, [16, 8, 8, 16, 24, 32, 56, 112, 1280]),
+        (0.25, [8, 8, 8, 8, 16, 24, 40, 80, 1280]),
+    ],
+)
+def test_widths(width: float, expected: list[int]) -> None:
+    model = MobileNetV2(width_mult=width)
+    rows = [model.features[i].out_channels for i in (1, 2, 4, 7, 11, 14, 17)]
+    assert [model.features[0][0].out_channels, *rows, model.num_features] == expected
+    assert model.features[18][0].out_channels == model.classifier[1].in_features == model.num_features
+
+
+def test_make_divisible() -> None:
+    cases = {(32, 8): 32, (11.2, 8): 16, (12, 8): 16, (11.9, 8): 16, (33.6, 8): 32, (44.8, 8): 48, (1, 8): 8, (20, 1): 20}
+    assert {case: make_divisible(*case) for case in cases} == cases
+    assert make_divisible(3, 8, 16) == 16 and make_divisible(3, 8, 3) == 8  # 3 would be below 90% of nothing smaller
+
+
+def test_blocks_tell_detection_what_they_are() -> None:
+    blocks = [m for m in MobileNetV2().features if isinstance(m, InvertedResidual)]
+    assert [i for i, b in enumerate(blocks, 1) if b.use_res_connect] == [3, 5, 6, 8, 9, 10, 12, 13, 15, 16]
+    assert [i for i, b in enumerate(blocks, 1) if b._is_cn] == [2, 4, 7, 14]
+    assert [b.stride for b in blocks] == [2 if b._is_cn else 1 for b in blocks]
+    assert all(type(m) is not nn.ReLU for m in MobileNetV2().modules())
+
+
+def test_initialisation() -> None:
+    """Kaiming normal by fan_out, N(0, 0.01), ones and zeros: standard deviations within 5 of their standard errors."""
+    torch.manual_seed(0)
+    for name, module in MobileNetV2().named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+            assert (module.running_mean == 0).all() and (module.running_var == 1).all() and module.eps == 1e-5
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            conv = isinstance(module, nn.Conv2d)
+            std = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5 if conv else 0.01
+            n = module.weight.numel()
+            assert abs(module.weight.std() / std - 1) < 5 / (2 * n) ** 0.5, name
+            assert abs(module.weight.mean()) < 5 * std / n**0.5, name
+            assert module.bias is None if conv else (module.bias == 0).all()
+    torch.manual_seed(3)
+    one = MobileNetV2(width_mult=0.35).state_dict()
+    torch.manual_seed(3)
+    two = mobilenet_v2(width_mult=0.35).state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("setting", [[], [[6, 24, 2]], [[6, 24, 2, 2], [6, 24, 2, 2, 1]], [6, 24, 2, 2], ["abcd"]])
+def test_wrong_setting(setting: list[Any]) -> None:
+    with pytest.raises(ValueError, match="inverted_residual_setting should be"):
+        MobileNetV2(inverted_residual_setting=setting)
+
+
+@pytest.mark.parametrize("stride", [0, 3, -1])
+def test_wrong_stride(stride: int) -> None:
+    with pytest.raises(ValueError, match=f"stride should be 1 or 2, got {stride}"):
+        InvertedResidual(8, 8, stride, 6)
+    with pytest.raises(ValueError, match=f"stride should be 1 or 2, got {stride}"):
+        MobileNetV2(inverted_residual_setting=[[6, 24, 2, stride]])
+
+
+def test_strict_load_both_ways() -> None:
+    one, two = settled(1.0, seed=1), settled(1.0, seed=2)
+    x = images(1, 32, 32)
+    assert not torch.equal(fused(one, x), fused(two, x))
+    two.load_state_dict(one.state_dict(), strict=True)
+    assert torch.equal(fused(one, x), fused(two, x))
+    state = one.state_dict()
+    del state["features.3.conv.1.1.running_var"]
+    with pytest.raises(RuntimeError, match="features.3.conv.1.1.running_var"):
+        two.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+@cache
+def settled_with_logits(width: float, size: tuple[int, int]) -> tuple[MobileNetV2, Tensor]:
+    model = settled(width)
+    return model, plain(model, images(2, *size))
+
+
+def sweep() -> list[Any]:
+    quick = {(0.35, (97, 131)), (0.5, (65, 33)), (0.75, (32, 32)), (1.0, (224, 224)), (1.4, (65, 33)), (1.4, (32, 32))}
+    return [
+        pytest.param(width, size, marks=() if (width, size) in quick else pytest.mark.exhaustive)
+        for width in WIDTHS
+        for size in SIZES
+    ]
+
+
+@pytest.mark.parametrize(("width", "size"), sweep(), ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v)
+def test_logits(float32_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, width: float, size: tuple[int, int]) -> None:
+    model, logits = settled_with_logits(width, size)
+    assert error(fused(model, images(2, *size)), logits) < TOLERANCE
+
+
+def test_float64() -> None:
+    x = images(2, 65, 33).double()
+    model = settled(0.5).double()
+    assert error(fused(model, x), plain(model, x)) < TOLERANCE * 2**-29  # what float64 has more of precision
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 3), (4, 5), (7, 40), (31, 31), (33, 1), (1, 300)])
+def test_small_images(float32_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, size: tuple[int, int]) -> None:
+    check(settled(), images(3, *size))
+
+
+SETTINGS: dict[str, list[list[int]]] = {
+    "t=1 not first": [[6, 16, 1, 2], [1, 16, 2, 1], [1, 24, 1, 2], [3, 24, 2, 1]],
+    "t=6 first": [[6, 24, 2, 2], [6, 32, 1, 1]],
+    "t=1 with a residual behind the stem": [[1, 32, 2, 1], [6, 40, 1, 2]],
+    "t=1 with stride 2 behind the stem": [[1, 24, 1, 2], [2, 24, 1, 1]],
+    "a row of no blocks": [[1, 16, 1, 1], [6, 24, 0, 2], [6, 24, 1, 2]],
+    "no block at all": [[6, 24, 0, 2]],
+    "one block": [[6, 320, 1, 1]],
+    "t=2.5": [[2.5, 24, 2, 2]],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_settings(float32_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, setting: list[list[int]]) -> None:
+    for round_nearest in (8, 1):
+        model = settled(0.7, inverted_residual_setting=setting, round_nearest=round_nearest)
+        check(model, images(2, 33, 20))
+
+
+@pytest.mark.parametrize("in_channels", [1, 2, 4, 13])
+def test_in_channels(float32_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, in_channels: int) -> None:
+    check(settled(in_channels=in_channels), images(2, 40, 33, in_channels))
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 10, 33, 1001])
+def test_num_classes(float32_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, num_classes: int) -> None:
+    model = settled(num_classes=num_classes)
+    for batch in (1, 5):
+        assert check(model, images(batch, 32, 32)).shape == (batch, num_classes)
+
+
+def test_no_classes() -> None:
+    model = settled(num_classes=0)
+    assert type(model.classifier) is nn.Identity
+    x = images(3, 40, 33)
+    assert check(model, x).shape == (3, model.num_features)
+    with torch.no_grad():
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert error(fused(model, x), pooled) < TOLERANCE
+
+
+def test_parts() -> None:
+    """forward is forward_head of forward_features; both, and each block alone, are right fused and plain."""
+    model, x = settled(), images(2, 65, 70)
+    for is_fused in (True, False):
+        model.fused = is_fused
+        assert all(block.fused == is_fused for block in model.features if isinstance(block, InvertedResidual))
+        with torch.no_grad():
+            features = model.forward_features(x)
+            assert features.shape == (2, 1280, 3, 3)
+            pooled = model.forward_head(features, pre_logits=True)
+            assert torch.equal(model.forward_head(features), model.classifier(pooled))
+            assert error(model.forward_head(features), plain(model, x)) < TOLERANCE
+            z = x
+            for layer in model.features:
+                z = layer(z)
+            assert error(z, features) < TOLERANCE
+    model.fused = False
+    with torch.no_grad():
+        assert model.why_not_fused(x) != "" and torch.equal(model(x), plain(model, x, torch.float32))
+
+
+def test_layouts_of_the_image(float32_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None) -> None:
+    model, x = settled(), images(3, 47, 50)
+    y = check(model, x)
+    around = torch.full((6, 5, 50, 60), float("nan"))
+    around[::2, 1:4, 2:49, 4:54] = x
+    every_second = torch.full((3, 3, 94, 100), float("nan"))
+    every_second[..., ::2, 1::2] = x
+    for view in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        around[::2, 1:4, 2:49, 4:54],
+        every_second[..., ::2, 1::2],
+    ):
+        assert torch.equal(fused(model, view), y), view.stride()
+    one = x[:1].expand(4, 3, 47, 50)
+    assert torch.equal(fused(model, one), y[:1].expand(4, -1))
+    grey = x[:, :1].expand(3, 3, 47, 50)
+    assert torch.equal(fused(model, grey), fused(model, grey.contiguous()))
+
+
+def test_empty_batch() -> None:
+    model = settled()
+    for dtype in (torch.float32, torch.float64):
+        y = fused(model.to(dtype), torch.zeros(0, 3, 32, 32, dtype=dtype))
+        assert y.shape == (0, 1000) and y.dtype == dtype
+
+
+def test_non_finite_images(float32_kernel: mnv2_fused.ops.Kernel) -> None:
+    """An image with NaN or infinity gives what PyTorch gives, the others of its batch not a bit else."""
+    model, x = settled(), images(3, 65, 33)
+    clean = fused(model, x)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        dirty = x.clone()
+        dirty[1, 2, 30, 16] = value
+        y, right = fused(model, dirty), plain(model, dirty)
+        assert torch.equal(y.isnan(), right.isnan())
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+        if not right[1].isnan().any():
+            assert error(y, right) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(64, 40), (97, 131)])
+def test_an_image_is_the_same_alone_and_in_any_batch(
+    float32_kernel: mnv2_fused.ops.Kernel, threads: None, size: tuple[int, int]
+) -> None:
+    model, x = settled(), images(5, *size)
+    torch.set_num_threads(1)
+    alone = torch.cat([fused(model, x[i : i + 1]) for i in range(5)])
+    for n in (1, 2, 3, 4, 7):
+        torch.set_num_threads(n)
+        for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [3, 3, 1], [2, 0], [1]):
+            assert torch.equal(fused(model, x[order]), alone[order]), (n, order)
+
+
+def test_width_one_is_the_same_with_any_threads(threads: None) -> None:
+    model, x = settled(1.0), images(3, 224, 224)
+    torch.set_num_threads(1)
+    one = fused(model, x)
+    for n in (2, 3, 4):
+        torch.set_num_threads(n)
+        assert torch.equal(fused(model, x), one)
+        assert torch.equal(fused(model, x[1:2]), one[1:2])
+
+
+# ------------------------------------------------------------------------- the packed weights follow every change
+
+
+def train_one_step(model: MobileNetV2, optimizer: torch.optim.Optimizer) -> None:
+    model.train()
+    nn.functional.cross_entropy(model(images(4, 32, 32)), torch.arange(4)).backward()
+    optimizer.step()
+    model.eval()
+
+
+def in_place(model: MobileNetV2) -> None:
+    with torch.no_grad():
+        model.features[3].conv[0][0].weight.mul_(1.5)
+
+
+def in_inference_mode(model: MobileNetV2) -> None:
+    with torch.inference_mode():
+        model.features[3].conv[0][0].weight.mul_(1.5)
+
+
+def set_storage(model: MobileNetV2) -> None:
+    with torch.no_grad():
+        weight = model.features[3].conv[0][0].weight
+        weight.set_(weight * 1.5)
+
+
+def new_data(model: MobileNetV2) -> None:
+    weight = model.features[3].conv[0][0].weight
+    weight.data = weight.data * 1.5
+
+
+def swap_tensors(model: MobileNetV2) -> None:
+    weight = model.features[3].conv[0][0].weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 1.5))
+
+
+def new_parameter(model: MobileNetV2) -> None:
+    conv = model.features[3].conv[0][0]
+    conv.weight = nn.Parameter(conv.weight.detach() * 1.5)
+
+
+def new_buffer(model: MobileNetV2) -> None:
+    bn = model.features[6].conv[3]
+    bn.running_mean = bn.running_mean + 1
+
+
+def statistics_in_place(model: MobileNetV2) -> None:
+    model.features[6].conv[1][1].running_var.mul_(3)
+
+
+def epsilon(model: MobileNetV2) -> None:
+    model.features[9].conv[3].eps = 1.0
+
+
+def add_bias(model: MobileNetV2) -> None:
+    conv = model.features[2].conv[2]
+    conv.bias = nn.Parameter(torch.randn(conv.out_channels))
+
+
+def no_affine(model: MobileNetV2) -> None:
+    bn = model.features[2].conv[3]
+    bn.weight = bn.bias = None
+
+
+def channels_last(model: MobileNetV2) -> None:
+    model.to(memory_format=torch.channels_last)
+    in_place(model)
+
+
+def load(model: MobileNetV2) -> None:
+    model.load_state_dict(settled(seed=5).state_dict())
+
+
+def load_assigned(model: MobileNetV2) -> None:
+    model.load_state_dict(settled(seed=5).state_dict(), assign=True)
+
+
+def sgd(model: MobileNetV2) -> None:
+    train_one_step(model, torch.optim.SGD(model.parameters(), 0.1, foreach=False))
+
+
+def sgd_foreach(model: MobileNetV2) -> None:
+    train_one_step(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, foreach=True))
+
+
+def adam_fused(model: MobileNetV2) -> None:
+    train_one_step(model, torch.optim.Adam(model.parameters(), 0.01, fused=True))
+
+
+def rmsprop(model: MobileNetV2) -> None:
+    train_one_step(model, torch.optim.RMSprop(model.parameters(), 0.01))
+
+
+def only_statistics(model: MobileNetV2) -> None:
+    model.train()
+    with torch.no_grad():
+        model(images(4, 32, 32) + 3)
+    model.eval()
+
+
+def new_linear(model: MobileNetV2) -> None:
+    model.classifier[1] = nn.Linear(1280, 10)
+
+
+def new_classifier(model: MobileNetV2) -> None:
+    model.classifier = nn.Sequential(nn.Linear(1280, 7, bias=False))
+
+
+def bare_linear(model: MobileNetV2) -> None:
+    model.classifier = nn.Linear(1280, 3)
+
+
+def reset(model: MobileNetV2) -> None:
+    model.reset_classifier(7)
+
+
+def reset_to_none(model: MobileNetV2) -> None:
+    model.reset_classifier(0)
+
+
+def new_block(model: MobileNetV2) -> None:
+    model.features[5] = settled(seed=9).features[5]
+
+
+def another_block(model: MobileNetV2) -> None:
+    model.features[5] = InvertedResidual(16, 16, 1, 3).eval()
+
+
+def fewer_blocks(model: MobileNetV2) -> None:
+    del model.features[5]
+
+
+def ema_swap(model: MobileNetV2) -> None:
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(settled(seed=4))
+    model.load_state_dict(average.module.state_dict())
+
+
+def kaiming(model: MobileNetV2) -> None:
+    nn.init.kaiming_normal_(model.features[4].conv[2].weight)
+
+
+CHANGES: tuple[Callable[[MobileNetV2], None], ...] = (
+    in_place, in_inference_mode, set_storage, new_data, swap_tensors, new_parameter, new_buffer, statistics_in_place,
+    epsilon, add_bias, no_affine, channels_last, load, load_assigned, sgd, sgd_foreach, adam_fused, rmsprop,
+    only_statistics, new_linear, new_classifier, bare_linear, reset, reset_to_none, new_block, another_block,
+    fewer_blocks, ema_swap, kaiming,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_follows(change: Callable[[MobileNetV2], None]) -> None:
+    model, x = settled(), images(2, 32, 32)
+    before = check(model, x)
+    change(model)
+    after = check(model, x)
+    assert after.shape != before.shape or error(after, before) > 1e-3
+    with torch.no_grad():
+        features = model.forward_features(x)
+        model.fused = False
+        assert error(features, model.forward_features(x)) < TOLERANCE
+
+
+def test_follows_every_tensor() -> None:
+    """Each parameter and statistic in turn, changed in place and put back."""
+    model, x = settled(), images(1, 32, 32)
+    before = fused(model, x)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_floating_point():
+            continue
+        with torch.no_grad():
+            saved = tensor.clone()
+            tensor.mul_(1.5).add_(0.1)
+            after = fused(model, x)
+            assert error(after, before) > 1e-4, name
+            tensor.copy_(saved)
+        assert torch.equal(fused(model, x), before), name
+
+
+def test_follows_every_epsilon() -> None:
+    model, x = settled(), images(1, 32, 32)
+    for name, bn in model.named_modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            before = fused(model, x)
+            bn.eps = 0.5
+            assert error(fused(model, x), before) > 1e-4, name
+
+
+def test_follows_dtypes() -> None:
+    model, x = settled(), images(2, 40, 40)
+    before = check(model, x)
+    model.to(torch.float64)
+    assert error(fused(model, x.double()), plain(model, x)) < 1e-13
+    with pytest.raises(RuntimeError, match="(?i)float|double"):
+        model(x)
+    assert torch.equal(fused(model.float(), x), before)
+    model.bfloat16()
+    with torch.no_grad():
+        assert model.why_not_fused(x.bfloat16()) != ""
+        assert torch.equal(model(x.bfloat16()), plain(model, x, torch.bfloat16))
+
+
+def test_follows_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = settled(), images(2, 40, 40)
+    for row in mnv2_fused.kernels():
+        if row.supported and row.dtype == torch.float32:
+            monkeypatch.setenv("MNV2_FUSED_KERNEL", row.name)
+            check(model, x)
+    for name in ("scalar_f64", "no_such_row"):
+        monkeypatch.setenv("MNV2_FUSED_KERNEL", name)
+        with pytest.raises(ValueError, match=name), torch.no_grad():
+            model(x)
+
+
+def test_copies_are_independent() -> None:
+    model, x = settled(), images(2, 32, 32)
+    before = fused(model, x)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    copies = [
+        copy.deepcopy(model),
+        copy.copy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(saved, weights_only=False),
+    ]
+    for other in copies:
+        assert torch.equal(fused(other, x), before)
+    for other in (copies[0], *copies[2:]):  # copy.copy shares the modules
+        in_place(other)
+        assert error(check(other, x), before) > 1e-3
+        assert torch.equal(fused(model, x), before)
+    in_place(model)
+    for one in (model, copies[1]):
+        assert error(check(one, x), before) > 1e-3
+
+
+def test_pickle_holds_no_packed_weights() -> None:
+    model = settled()
+    size = len(pickle.dumps(model))
+    fused(model, images(1, 32, 32))
+    assert len(pickle.dumps(model)) == size
+
+
+def test_shared_blocks() -> None:
+    """A block that stands in two models: both follow it."""
+    one, two, x = settled(), settled(seed=1), images(1, 32, 32)
+    two.features[5] = one.features[5]
+    before = check(one, x), check(two, x)
+    with torch.no_grad():
+        one.features[5].conv[2].weight.mul_(3)
+    for model, y in zip((one, two), before):
+        assert error(check(model, x), y) > 1e-3
+
+
+def test_model_made_in_inference_mode() -> None:
+    x = images(1, 32, 32)
+    with torch.inference_mode():
+        model = settled()
+        before = model(x)
+        assert torch.equal(model(x), before)
+        model.features[3].conv[0][0].weight.mul_(1.5)
+        assert error(model(x), before) > 1e-3
+    other = settled()
+    in_place(other)
+    with torch.inference_mode():
+        assert error(model(x), plain(other, x)) < TOLERANCE
+
+
+def test_functional_call() -> None:
+    model, other, x = settled(), settled(seed=1), images(1, 32, 32)
+    before = fused(model, x)
+    with torch.no_grad():
+        y = torch.func.functional_call(model, other.state_dict(), (x,))
+    assert error(y, plain(other, x)) < TOLERANCE
+    assert torch.equal(fused(model, x), before)
+
+
+# --------------------------------------------------------------------------------------- where it must not run fused
+
+
+def not_fused(model: MobileNetV2, x: Tensor) -> Tensor:
+    """The result, which must be that of the composition to the bit."""
+    assert model.why_not_fused(x) != ""
+    y = model(x)
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    return y if composition.training else y
+
+
+INNER = {
+    "features": lambda model: model.features,
+    "stem": lambda model: model.features[0],
+    "block": lambda model: model.features[4],
+    "sequential in a block": lambda model: model.features[4].conv[0],
+    "convolution": lambda model: model.features[4].conv[0][0],
+    "norm": lambda model: model.features[4].conv[3],
+    "relu6": lambda model: model.features[18][2],
+    "dropout": lambda model: model.classifier[0],
+    "linear": lambda model: model.classifier[1],
+}
+
+
+@pytest.mark.parametrize("find", INNER.values(), ids=INNER)
+def test_hooks_fire(find: Callable[[MobileNetV2], nn.Module]) -> None:
+    model, x = settled(), images(2, 32, 32)
+    before = check(model, x)
+    fired: list[str] = []
+    with torch.no_grad():
+        for register, kind in (
+            (nn.Module.register_forward_hook, "after"),
+            (nn.Module.register_forward_pre_hook, "before"),
+        ):
+            handle = register(find(model), lambda *_, kind=kind: fired.append(kind))
+            assert error(model(x), before) < TOLERANCE
+            assert fired == [kind]
+            handle.remove()
+            fired.clear()
+            assert torch.equal(fused(model, x), before) and not fired
+
+
+def test_hook_that_changes_the_output() -> None:
+    model, x = settled(), images(2, 32, 32)
+    before = fused(model, x)
+    model.features[4].register_forward_hook(lambda module, inputs, y: y * 2)
+    with torch.no_grad():
+        assert error(model(x), before) > 1e-3
+        assert error(model(x), plain(model, x)) < TOLERANCE
+
+
+def test_global_hooks_fire() -> None:
+    model, x = settled(), images(1, 32, 32)
+    fired = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.append(type(module)))
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        handle.remove()
+    assert fired.count(nn.Conv2d) == 52
+
+
+def test_hooks_of_the_model_itself() -> None:
+    model, x = settled(), images(1, 32, 32)
+    fired = []
+    model.register_forward_hook(lambda *_: fired.append(1))
+    fused(model, x)
+    assert fired == [1]
+
+
+class Double(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def parametrized(model: MobileNetV2) -> None:
+    parametrize.register_parametrization(model.features[3].conv[0][0], "weight", Double())
+
+
+def weight_norm(model: MobileNetV2) -> None:
+    conv = nn.utils.parametrizations.weight_norm(model.features[3].conv[2])
+    with torch.no_grad():
+        conv.parametrizations.weight.original0.mul_(2)
+
+
+def pruned(model: MobileNetV2) -> None:
+    prune.l1_unstructured(model.features[3].conv[0][0], "weight", 0.5)
+
+
+def relu(model: MobileNetV2) -> None:
+    model.features[3].conv[1][2] = nn.SiLU()
+
+
+def identity_norm(model: MobileNetV2) -> None:
+    model.features[3].conv[3] = nn.Identity()
+
+
+def identity_block(model: MobileNetV2) -> None:
+    model.features[3] = nn.Sequential(nn.Identity(), nn.Hardtanh())
+
+
+def replicate_padding(model: MobileNetV2) -> None:
+    model.features[3].conv[1][0].padding_mode = "reflect"
+
+
+def padding_changed(model: MobileNetV2) -> None:
+    model.features[0][0].padding = (0, 0)
+
+
+def dilated(model: MobileNetV2) -> None:
+    model.features[2].conv[1][0].dilation = model.features[2].conv[1][0].padding = (2, 2)
+
+
+def own_forward(model: MobileNetV2) -> None:
+    block = model.features[3]
+    block.forward = lambda x: 2 * InvertedResidual.forward(block, x)
+
+
+def own_forward_inside(model: MobileNetV2) -> None:
+    model.features[3].conv[0][0].forward = lambda x: torch.zeros(1, 48, 1, 1).expand(len(x), -1, *x.shape[2:])
+
+
+def residual_off(model: MobileNetV2) -> None:
+    model.features[3].use_res_connect = False
+
+
+def another_head(model: MobileNetV2) -> None:
+    model.classifier = nn.Sequential(nn.Linear(1280, 20), nn.Tanh(), nn.Linear(20, 5))
+
+
+def dropout2d(model: MobileNetV2) -> None:
+    model.features[17] = nn.Sequential(model.features[17], nn.Softplus())
+
+
+UNUSUAL: tuple[Callable[[MobileNetV2], None], ...] = (
+    parametrized, weight_norm, pruned, relu, identity_norm, identity_block, replicate_padding, padding_changed, dilated,
+    own_forward, own_forward_inside, residual_off, another_head, dropout2d,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__)
+def test_unusual_networks_are_right(change: Callable[[MobileNetV2], None]) -> None:
+    """Fused or not, as the case may be: what counts is that the result is that of the modules."""
+    model, x = settled(), images(2, 40, 40)
+    before = fused(model, x)
+    change(model)
+    with torch.no_grad():
+        after, features = model(x), model.forward_features(x)
+        model.fused = False
+        right, right_features = model(x), model.forward_features(x)
+    assert after.shape != before.shape or error(after, before) > 1e-3
+    assert error(after, right) < TOLERANCE and error(features, right_features) < TOLERANCE
+
+
+def test_one_norm_left_in_training() -> None:
+    model, x = settled(), images(4, 32, 32)
+    eval_logits = fused(model, x)
+    bn = model.features[4].conv[3].train()
+    mean = bn.running_mean.clone()
+    with torch.no_grad():
+        y = model(x)
+    assert error(y, eval_logits) > 1e-3 and not torch.equal(bn.running_mean, mean)
+    bn.eval()
+    assert error(check(model, x), eval_logits) > 1e-3  # the statistics have moved
+
+
+def test_dropout_left_in_training() -> None:
+    model, x = settled(), images(4, 32, 32)
+    eval_logits = fused(model, x)
+    model.classifier.train()
+    with torch.no_grad():
+        assert error(model(x), eval_logits) > 1e-3
+
+
+def test_training_is_the_composition() -> None:
+    model, x = settled().train(), images(4, 32, 32)
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    outputs = []
+    for one in (model, composition):
+        torch.manual_seed(0)
+        outputs.append(one(x))
+        outputs[-1].square().mean().backward()
+    assert torch.equal(*outputs)
+    for (name, p), q in zip(model.named_parameters(), composition.parameters()):
+        assert torch.equal(p.grad, q.grad), name
+    for (name, b), c in zip(model.named_buffers(), composition.buffers()):
+        assert torch.equal(b, c), name
+
+
+def test_gradients_in_eval_mode() -> None:
+    """With gradients enabled the blocks may run fused, but every gradient is there and right."""
+    model, x = settled(), images(2, 40, 40).clone().requires_grad_()
+    model(x).square().mean().backward()
+    double = copy.deepcopy(model).double()
+    double.fused = False
+    double.zero_grad()
+    x64 = x.detach().double().requires_grad_()
+    double(x64).square().mean().backward()
+    for (name, p), q in zip([("x", x), *model.named_parameters()], [x64, *double.parameters()]):
+        assert error(p.grad.flatten()[None], q.grad.flatten()[None]) < 1e-4, name
+
+
+def test_grad_modes() -> None:
+    model, x = settled(), images(2, 32, 32)
+    y = fused(model, x)
+    assert model(x).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(model(x), y)
+    model.requires_grad_(False)
+    assert model.why_not_fused(x) == "" and torch.equal(model(x), y)
+    model.classifier.requires_grad_(True)
+    assert model(x).requires_grad and error(model(x).detach(), y) < TOLERANCE
+    model.requires_grad_(False)
+    wanted = x.clone().requires_grad_()
+    assert model(wanted).requires_grad
+
+
+def test_forward_mode_and_transforms() -> None:
+    """torch.func sees through the model: derivatives are not dropped."""
+    model, x = settled().requires_grad_(False), images(1, 32, 32)
+    double = copy.deepcopy(model).double()
+    double.fused = False
+    tangent = torch.randn_like(x)
+    right = torch.func.jvp(double, (x.double(),), (tangent.double(),))[1]
+    assert error(torch.func.jvp(model, (x,), (tangent,))[1], right) < 1e-3
+    right = torch.func.grad(lambda x: double(x).sum())(x.double())
+    assert error(torch.func.grad(lambda x: model(x).sum())(x).flatten(1), right.flatten(1)) < 1e-3
+    batches = torch.stack([x, x + 1])
+    with torch.no_grad():
+        assert error(torch.vmap(model)(batches)[:, 0], torch.cat([plain(model, x), plain(model, x + 1)])) < TOLERANCE
+
+
+def test_tracing() -> None:
+    """torch.export, torch.fx and torch.compile see the network's layers."""
+    model, x = settled(), images(2, 32, 32)
+    y = fused(model, x)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        assert error(torch.compile(model, backend="eager", fullgraph=True)(x), y) < TOLERANCE
+        assert error(torch.export.export(model, (x,)).module()(x), y) < TOLERANCE
+        assert error(torch.fx.symbolic_trace(model)(x), y) < TOLERANCE
+
+
+def test_autocast() -> None:
+    model, x = settled(), images(2, 32, 32)
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, right = model(x), composition(x)
+    assert y.dtype == right.dtype == torch.bfloat16 and torch.equal(y, right)
+
+
+# ------------------------------------------------------------------------------------------------- errors and threads
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(3, 32, 32),
+        torch.zeros(1, 1, 3, 32, 32),
+        torch.zeros(32),
+        torch.zeros(1, 4, 32, 32),
+        torch.zeros(1, 1, 32, 32),
+        torch.zeros(1, 3, 32, 32).double(),
+        torch.zeros(1, 3, 32, 32).int(),
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 3, 32, 32).bfloat16(),
+        torch.zeros(1, 3, 0, 32),
+        torch.zeros(1, 3, 32, 0),
+        "an image",
+        None,
+    ],
+    ids=lambda x: f"{list(x.shape)}-{x.dtype}" if isinstance(x, Tensor) else str(x),
+)
+def test_wrong_input(x: Any) -> None:
+    """What PyTorch's own modules refuse is refused with the same kind of error."""
+    model = settled()
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    with torch.no_grad():
+        with pytest.raises(Exception) as right:
+            composition(x)
+        with pytest.raises(right.type) as raised:
+            model(x)
+    assert str(raised.value)
+
+
+def test_python_threads() -> None:
+    """The first call after a change, and all others, from several Python threads at once."""
+    model, xs = settled(), [images(1, 32, 32), images(3, 40, 33), images(2, 65, 33)]
+    barrier = threading.Barrier(4)
+
+    def calls(first: int) -> list[tuple[int, Tensor]]:
+        barrier.wait()
+        order = [(first + i) % 3 for i in range(9)]
+        with torch.inference_mode():
+            return [(i, model(xs[i]).clone()) for i in order]
+
+    for _ in range(5):
+        in_place(model)
+        with ThreadPoolExecutor(4) as pool:
+            results = [pair for pairs in pool.map(calls, range(4)) for pair in pairs]
+        right = [check(model, x) for x in xs]
+        assert all(torch.equal(y, right[i]) for i, y in results)
