@@ -39,6 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # "rich", the default, would swallow the [demo] in an install command
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # Without markup and emoji: labels and paths may hold [brackets] and :colons:.
@@ -424,7 +425,7 @@ def _print_top(results: list[dict[str, Any]]) -> None:
 # Relative norm. A float32 run of the 53 layers is about 1e-5 from exact; centred logits cancel, which magnifies it.
 TOLERANCE = 1e-4
 
-DEMO_SECONDS = 8.0
+DEMO_SECONDS = 6.0
 FUSED_COLOR, OTHER_COLOR = "tab:green", "tab:gray"
 
 

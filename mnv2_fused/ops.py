@@ -87,10 +87,14 @@ def inverted_residual(
     return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6)
 
 
+def _fits(shape: torch.Size, expected: tuple[object, ...]) -> bool:
+    return all(isinstance(n, str) or m == n for m, n in zip(shape, expected, strict=True))
+
+
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[object, ...], like: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor of shape {list(shape)}, got {tensor!r}")
-    if tensor.dim() != len(shape) or any(isinstance(n, int) and m != n for m, n in zip(tensor.shape, shape)):
+    if tensor.dim() != len(shape) or not _fits(tensor.shape, shape):
         expected = ", ".join(str(n) for n in shape)
         raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
     if tensor.dtype != like.dtype:
@@ -135,7 +139,8 @@ def _output_shape(
     left, right, top, bottom = padding
     reach = 2 * dilation + 1
     if height < 1 or width < 1 or height + top + bottom < reach or width + left + right < reach:
-        raise ValueError(f"x of {height}x{width} pixels with padding {padding} is smaller than the {reach}x{reach} kernel")
+        image = f"x of {height}x{width} pixels with padding {padding}"
+        raise ValueError(f"{image} is smaller than the {reach}x{reach} that the kernel covers")
     out_height, out_width = ((n - reach) // stride + 1 for n in (height + top + bottom, width + left + right))
     if residual and (stride != 1 or out_channels != channels or (out_height, out_width) != (height, width)):
         shape = [batch, out_channels, out_height, out_width]

@@ -53,6 +53,7 @@ def test_help_lists_the_commands():
     assert all(command in text for command in ("info", "bench", "classify", "demo"))
     for command in ("info", "bench", "classify", "demo"):
         assert "--" in run(command, "-h").stdout
+    assert "mnv2-fused[demo]" in run("demo", "-h").stdout
 
 
 def test_version():
