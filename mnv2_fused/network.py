@@ -142,7 +142,9 @@ class _Packing:
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         self.switched = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
         self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
-        self.tensors = [t for t in tensors if t.is_floating_point()]
+        # With the counters: a BatchNorm in training mode changes its running statistics without counting a version
+        # of them, but one of num_batches_tracked.
+        self.tensors = tensors
         self._kernel = os.environ.get("MNV2_FUSED_KERNEL")
         self._watch = _C.Watch([root._modules, *tables])
         self._held = [t.detach() for t in self.tensors]  # what is compared by address must not be freed and come back
@@ -158,7 +160,7 @@ class _Packing:
             self.reason = str(refusal)
 
     def _common_dtype(self) -> torch.dtype:
-        kinds = {(t.dtype, t.device.type) for t in self.tensors}
+        kinds = {(t.dtype, t.device.type) for t in self.tensors if t.is_floating_point()}
         expect(len(kinds) == 1, f"its tensors are of several dtypes or devices: {kinds}")
         ((dtype, device),) = kinds
         expect(dtype in (torch.float32, torch.float64) and device == "cpu", f"no kernel for {dtype} on {device}")

@@ -114,9 +114,7 @@ def network_blocks(resolution: int = 224) -> list[Block]:
         for i in range(n):
             stride = s if i == 0 else 1
             residual = stride == 1 and channels == c
-            blocks.append(
-                Block(channels, channels * t, c, size, size, stride=stride, expand=t != 1, residual=residual)
-            )
+            blocks.append(Block(channels, channels * t, c, size, size, stride=stride, expand=t != 1, residual=residual))
             channels, size = c, -(-size // stride)
     return blocks
 
@@ -127,9 +125,9 @@ def expected(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> tup
     A sum of K products, a bias and a residual in any order and any grouping passes each product through at most
     n = K + 2 roundings of relative size u, so that with S the same sum over absolute values
 
-        |computed - exact| <= n u S                   always,
-                           <= 4 sqrt(n) u S           but for a chance of exp(-8), roundings being as good as independent
-                                                      (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4).
+        |computed - exact| <= n u S           always (to first order in u),
+                           <= 4 sqrt(n) u S   but for a chance of 2 n exp(-8) at most, roundings being as good as
+                                              independent (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
 
     The smaller of the two is taken; S is far above the partial sums of random data, so that the second does not fail
     either. ReLU6 never enlarges an error. An error e of an operand contributes |w| e; those of the hidden channels

@@ -47,8 +47,10 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts torch's number of threads back."""
+def one_thread() -> Iterator[None]:
+    """torch on one thread until the test asks for more; then back. Small shapes gain nothing by a second one, and
+    where the cores are busy every region of two threads waits for the scheduler."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -121,7 +121,10 @@ def main() -> None:
         for options in (dict(num_classes=11), dict(num_classes=0, inverted_residual_setting=setting, round_nearest=1)):
             model = mnv2_fused.MobileNetV2(width_mult=0.35, **options).to(dtype).eval()
             for shape in ((1, 3, 33, 31), (3, 3, 32, 48), (1, 3, 1, 1), (2, 3, 5, 2)):
-                for x in (torch.randn(shape, dtype=dtype), torch.randn(*shape[:1], *shape[2:], 3, dtype=dtype).permute(0, 3, 1, 2)):
+                for x in (
+                    torch.randn(shape, dtype=dtype),
+                    torch.randn(*shape[:1], *shape[2:], 3, dtype=dtype).permute(0, 3, 1, 2),
+                ):
                     for at_end in (True, False):
                         print(options, shape, x.stride(), at_end, flush=True)
                         check_network(model, x, at_end)

@@ -1,4 +1,4 @@
-"""The fused op on every kernel row: values, borders, tails, memory, threads, errors, and what torch.library asks for."""
+"""The fused op on every kernel row: values, borders, tails, memory, threads, errors, and what torch.library wants."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
 from mnv2_fused.ops import inverted_residual, inverted_residual_reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = "x expand_weight expand_bias depthwise_weight depthwise_bias project_weight project_bias".split()
 NAN, INF = float("nan"), float("inf")
@@ -66,7 +68,7 @@ def check(block: Block, dtype: torch.dtype) -> None:
     # Small integers are exact in every order of summation: not one product may be missing.
     check_close(y, value, 0 if block.integers else bound, block)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last), block
-    for name, old, new in zip(NAMES, before, tensors):
+    for name, old, new in zip(NAMES, before, tensors, strict=True):
         assert new is None or torch.equal(old, new), f"{name} was written to: {block}"
 
 
@@ -140,9 +142,7 @@ def test_reference(block: Block) -> None:
 @pytest.mark.parametrize(
     ("examples", "limit"), [(60, 2_000_000), pytest.param(2000, 20_000_000, marks=pytest.mark.exhaustive)]
 )
-def test_random_blocks(
-    kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, examples: int, limit: int
-) -> None:
+def test_random_blocks(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, examples: int, limit: int) -> None:
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
     @given(random_blocks(limit))
     def check_one(block: Block) -> None:
@@ -214,7 +214,12 @@ def test_long_rows(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None) -> None
 
 
 def test_wide_channels(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None) -> None:
-    for block in (Block(1025, 33, 5, 3, 3), Block(5, 2051, 3, 3, 4), Block(3, 19, 1283, 2, 2), Block(1, 4096, 1, 17, 16)):
+    for block in (
+        Block(1025, 33, 5, 3, 3),
+        Block(5, 2051, 3, 3, 4),
+        Block(3, 19, 1283, 2, 2),
+        Block(1, 4096, 1, 17, 16),
+    ):
         check(replace(block, integers=True), kernel.dtype)
         check(block, kernel.dtype)
 
@@ -328,11 +333,15 @@ def denormal_tensors(block: Block, dtype: torch.dtype, where: str) -> tuple[Tens
 
 @pytest.mark.parametrize("where", ["x and biases", "weights", "everything"])
 def test_denormals_are_not_slow(kernel: mnv2_fused.ops.Kernel, where: str) -> None:
-    for block in (Block(48, 288, 48, 14, 14), Block(16, 96, 24, 40, 40, stride=2), Block(64, 64, 64, 28, 28, expand=False)):
+    for block in (
+        Block(48, 288, 48, 14, 14),
+        Block(16, 96, 24, 40, 40, stride=2),
+        Block(64, 64, 64, 28, 28, expand=False),
+    ):
         normal, denormal = block.tensors(kernel.dtype), denormal_tensors(block, kernel.dtype, where)
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(9):
-            for tensors, taken in zip((normal, denormal), times):
+            for tensors, taken in zip((normal, denormal), times, strict=True):
                 start = time.perf_counter()
                 run(block, tensors)
                 taken.append(time.perf_counter() - start)
@@ -350,7 +359,7 @@ def test_denormals_count_as_zero_at_most(kernel: mnv2_fused.ops.Kernel) -> None:
 
 
 @pytest.mark.parametrize("flush", [False, True])
-def test_leaves_denormal_mode_alone(kernel: mnv2_fused.ops.Kernel, threads: None, flush: bool) -> None:
+def test_leaves_denormal_mode_alone(kernel: mnv2_fused.ops.Kernel, flush: bool) -> None:
     """The caller's arithmetic, and that of torch's threads, is after a call what it was before."""
     denormal = torch.full((1_000_000,), 1e-39)  # long enough for all threads to take part
     torch.set_num_threads(3)
@@ -369,7 +378,7 @@ def test_leaves_denormal_mode_alone(kernel: mnv2_fused.ops.Kernel, threads: None
 # ----------------------------------------------------------------------------------------------------------- threads
 
 
-def test_threads_change_no_bit(kernel: mnv2_fused.ops.Kernel, threads: None, poisoned_memory: None) -> None:
+def test_threads_change_no_bit(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None) -> None:
     for block in KINDS:
         for batch in (1, 2, 5):
             block = replace(block, batch=batch)
@@ -381,14 +390,18 @@ def test_threads_change_no_bit(kernel: mnv2_fused.ops.Kernel, threads: None, poi
                 assert torch.equal(run(block, tensors), one), f"{n} threads: {block}"
 
 
-def test_batch_changes_no_bit(kernel: mnv2_fused.ops.Kernel, threads: None) -> None:
+def test_batch_changes_no_bit(kernel: mnv2_fused.ops.Kernel) -> None:
     for block in KINDS:
         tensors = replace(block, batch=5).tensors(kernel.dtype)
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             together = run(block, tensors)
             for i in range(5):
-                assert torch.equal(run(block, (tensors[0][i : i + 1], *tensors[1:])), together[i : i + 1]), (n, i, block)
+                assert torch.equal(run(block, (tensors[0][i : i + 1], *tensors[1:])), together[i : i + 1]), (
+                    n,
+                    i,
+                    block,
+                )
 
 
 def test_python_threads(kernel: mnv2_fused.ops.Kernel) -> None:
@@ -411,7 +424,7 @@ def test_python_threads(kernel: mnv2_fused.ops.Kernel) -> None:
 
 def arguments(**changes: Any) -> tuple[list[Any], dict[str, Any]]:
     """A right call (5 -> 8 -> 5 channels, 6 x 7 pixels) with some arguments replaced."""
-    values = dict(zip(NAMES, Block(5, 8, 5, 6, 7).tensors())) | changes
+    values = dict(zip(NAMES, Block(5, 8, 5, 6, 7).tensors(), strict=True)) | changes
     return [values.pop(name) for name in NAMES], values
 
 
@@ -446,14 +459,23 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "depthwise_weight missing": (dict(depthwise_weight=None), "depthwise_weight must be a tensor"),
     "depthwise_weight 5x5": (dict(depthwise_weight=torch.zeros(8, 1, 5, 5)), r"depthwise_weight must .*1, 3, 3\]"),
     "depthwise_weight dense": (dict(depthwise_weight=torch.zeros(8, 8, 3, 3)), r"depthwise_weight must .*1, 3, 3\]"),
-    "depthwise_weight half": (dict(depthwise_weight=torch.zeros(8, 1, 3, 3).half()), "depthwise_weight must be .*float32"),
+    "depthwise_weight half": (
+        dict(depthwise_weight=torch.zeros(8, 1, 3, 3).half()),
+        "depthwise_weight must be .*float32",
+    ),
     "depthwise_weight on meta": (
         dict(depthwise_weight=torch.zeros(8, 1, 3, 3, device="meta")),
         "depthwise_weight must be on cpu.*meta",
     ),
     "depthwise_bias missing": (dict(depthwise_bias=None), r"depthwise_bias must be a tensor of shape \[8\]"),
-    "depthwise_bias of 2 dimensions": (dict(depthwise_bias=torch.zeros(8, 1)), r"depthwise_bias must .*\[8\].*\[8, 1\]"),
-    "project_weight of other inputs": (dict(project_weight=torch.zeros(5, 9, 1, 1)), r"project_weight must .*8, 1, 1\]"),
+    "depthwise_bias of 2 dimensions": (
+        dict(depthwise_bias=torch.zeros(8, 1)),
+        r"depthwise_bias must .*\[8\].*\[8, 1\]",
+    ),
+    "project_weight of other inputs": (
+        dict(project_weight=torch.zeros(5, 9, 1, 1)),
+        r"project_weight must .*8, 1, 1\]",
+    ),
     "project_weight no tensor": (dict(project_weight=3.0), "project_weight must be a tensor"),
     "project_weight without outputs": (
         dict(project_weight=torch.zeros(0, 8, 1, 1), project_bias=torch.zeros(0)),
@@ -484,7 +506,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         r"residual needs .*\[1, 5, 6, 7\].*\[1, 6, 6, 7\]",
     ),
     "output without rows": (dict(padding=0, dilation=3), "x of 6x7 .*smaller than the 7x7"),
-    "output without columns": (dict(x=torch.zeros(1, 5, 9, 1), padding=(0, 1, 1, 1)), "x of 9x1 .*smaller than the 3x3"),
+    "output without columns": (
+        dict(x=torch.zeros(1, 5, 9, 1), padding=(0, 1, 1, 1)),
+        "x of 9x1 .*smaller than the 3x3",
+    ),
 }
 
 
@@ -556,7 +581,7 @@ def test_kernel_is_forced(kernel: mnv2_fused.ops.Kernel) -> None:
 
 SAMPLES = tuple(
     replace(block, layout=layout, height=min(block.height, 9), width=min(block.width, 9))
-    for block, layout in zip(KINDS, LAYOUTS + LAYOUTS)
+    for block, layout in zip(KINDS, LAYOUTS + LAYOUTS, strict=False)
 )
 op = torch.ops.mnv2_fused.inverted_residual.default
 
@@ -594,7 +619,7 @@ class Call(torch.nn.Module):
         super().__init__()
         _, *weights = block.tensors()
         self.block = block
-        for name, weight in zip(NAMES[1:], weights):
+        for name, weight in zip(NAMES[1:], weights, strict=True):
             self.register_buffer(name, weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -663,6 +688,23 @@ def test_second_gradients() -> None:
     block = GRADIENT_BLOCKS[0]
     tensors = [t.detach().clone().requires_grad_() for t in block.tensors(torch.float64)]
     assert torch.autograd.gradgradcheck(lambda *values: run(block, values), tensors)
+
+
+def test_forward_mode() -> None:
+    """No forward derivative is silently zero: right, or an error."""
+    block = GRADIENT_BLOCKS[0]
+    x, *weights = block.tensors(torch.float64)
+    tangent = torch.randn_like(x)
+
+    def derivative(function: Callable[..., Tensor]) -> Tensor:
+        return torch.func.jvp(lambda x: function(x, *weights, **block.options), (x,), (tangent,))[1]
+
+    right = derivative(inverted_residual_reference)
+    try:
+        result = derivative(inverted_residual)
+    except (RuntimeError, NotImplementedError):
+        return
+    check_close(result, right, 1e-12 * right.abs().max())
 
 
 def test_no_gradient_is_recorded_where_none_is_asked_for() -> None:
