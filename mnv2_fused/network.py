@@ -136,9 +136,8 @@ class _Packing:
 
     def __init__(self, root: nn.Module, parts: tuple[str, ...], describe: Callable[[nn.Module], list[Stage]]) -> None:
         modules = [m for part in parts for m in getattr(root, part).modules()]
-        weighted = [m for m in modules if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
         tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers) if table]
-        tables += [m.__dict__ for m in weighted]  # stride, eps and the like
+        tables += [m.__dict__ for m in modules if type(m) not in (nn.Sequential, nn.ReLU6)]  # stride, eps and the like
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         self.switched = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
         self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
@@ -151,6 +150,7 @@ class _Packing:
         self._versions, self._addresses = self._look()
         self.packed, self.plan, self.reason, self.dtype = None, [], "", None
         try:
+            expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")
             stages = describe(root)
             self.dtype = self._common_dtype()
             self.plan = ops.make_plan([stage.layer for stage in stages], self.dtype)
@@ -185,8 +185,8 @@ class _Packing:
 class FusedChain:
     """One op call for a chain of modules. Its packed weights follow every change of the modules.
 
-    A write through `tensor.data` or a NumPy view is the one change that PyTorch does not count: call `forget()` after
-    it. Copies and pickles come without the packed weights.
+    A write through `tensor.data` or a NumPy view is no change that PyTorch counts: call `forget()` after it. Copies and
+    pickles come without the packed weights.
 
     Args:
         parts: the children of the root that the chain runs through, by name.
@@ -221,6 +221,14 @@ class FusedChain:
             return "the input is no plain CPU tensor [N, C, H, W] with pixels", None
         if torch.is_autocast_enabled("cpu"):
             return "autocast asks for another dtype", None
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return "a function transform or forward-mode derivatives are at work", None
+        if torch.is_grad_enabled():
+            if any(map(_REQUIRES_GRAD, root.parameters())):
+                self._packing = None  # what follows is training, and fused optimizers count no versions
+                return "gradients are asked for", None
+            if x.requires_grad:
+                return "gradients are asked for", None
         packing = self._packing
         if packing is None or not (packing.training() or packing.current()):
             with self._lock, torch.no_grad():
@@ -233,8 +241,6 @@ class FusedChain:
             return f"the input has {x.shape[1]} channels of {x.dtype}, not {packing.plan[2]} of {packing.dtype}", None
         if any(packing.hooks) or _global_hooks():
             return "a module inside has forward hooks", None
-        if torch.is_grad_enabled() and (x.requires_grad or any(map(_REQUIRES_GRAD, packing.tensors))):
-            return "gradients are asked for", None
         return "", packing
 
 

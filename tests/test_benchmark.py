@@ -25,7 +25,7 @@ TORCH_RUNNERS = ("fused", "eager", "eager channels_last")
 SMALL = dict(width=0.35, resolution=32, threads=1, seconds=0.0)
 
 
-pytestmark = pytest.mark.usefixtures("threads")  # runners set torch's number of threads
+pytestmark = pytest.mark.usefixtures("one_thread")  # which also puts back what the runners set
 
 
 @pytest.fixture(scope="module")

@@ -312,7 +312,9 @@ def test_guarded_pages(kernel: mnv2_fused.ops.Kernel) -> None:
     """Tensors between unmapped pages, in a process of its own: a read outside them kills it."""
     script = Path(__file__).with_name("guarded_pages.py")
     command = [sys.executable, str(script), str(kernel.dtype).removeprefix("torch.")]
-    result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300)
+    package = str(Path(mnv2_fused.__file__).parents[1])  # the one that is under test here
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([package, *sys.path])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     last = result.stdout.splitlines()[-1:]
     assert result.returncode == 0, f"exit status {result.returncode} at {last}\n{result.stderr[-3000:]}"
     assert last == ["done"]
