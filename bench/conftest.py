@@ -1,8 +1,7 @@
 """`pytest bench`: what the block and model benchmarks share. Verification may fail; a time never does.
 
 Threads are torch's: OMP_NUM_THREADS=1 pytest bench times one. Beside pytest-benchmark's table a summary gives GMAC/s
-and the share of this machine's FMA peak, which is measured before each benchmark (the median
-of all so far counts).
+and the share of this machine's FMA peak, measured before each benchmark: the median so far.
 """
 
 from __future__ import annotations
