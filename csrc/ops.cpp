@@ -150,6 +150,7 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   const Tensor packed = new_tensor({packed_total}, weights, MemoryFormat::Contiguous);
   const char* from = static_cast<const char*>(weights.data_ptr());
   char* to = static_cast<char*>(packed.data_ptr());
+  advise_huge_pages(to, size_t(packed_total * element));
   for (const Layer& layer : plan.layers) {
     std::vector<const void*> pointers;
     for (const int64_t n : weight_sizes(layer)) {
