@@ -146,7 +146,9 @@ class _Packing:
         self.tensors = tensors
         self._kernel = os.environ.get("MNV2_FUSED_KERNEL")
         self._watch = _C.Watch([root._modules, *tables])
-        self._held = [t.detach() for t in self.tensors]  # what is compared by address must not be freed and come back
+        # module.to() moves parameters to other memory and keeps the objects; the memory must not be freed and come back.
+        self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+        self._held = [t.detach() for t in self._parameters]
         self._versions, self._addresses = self._look()
         self.packed, self.plan, self.reason, self.dtype = None, [], "", None
         try:
@@ -179,7 +181,7 @@ class _Packing:
             versions = list(map(_VERSION, self.tensors))
         except RuntimeError:  # inference tensors count no versions: every look is a change
             versions = [object()]
-        return versions, list(map(Tensor.data_ptr, self.tensors))
+        return versions, list(map(Tensor.data_ptr, self._parameters))
 
 
 class FusedChain:
