@@ -1,5 +1,5 @@
 // The contract between the op, the schedule and the kernels: what is computed, in which layout, from which packed
-// weights. No code, no torch, no STL container: the files built for one ISA include this header.
+// weights. No torch, no STL container: the files built for one ISA include this header.
 //
 // An inverted residual (BN folded into weights and biases) is
 //
@@ -11,8 +11,9 @@
 //
 // Packed weights. A 1x1 or dense 3x3 convolution K -> N is cut into panels of `panel` output channels, each stored
 // [K][panel] (the last one narrower, a multiple of `lanes`), so that panel n0 begins at n0 * K and a register tile
-// reads it front to back; K runs over (channel, ky, kx) as in PyTorch's weight. A depthwise one is [C / lanes][9][lanes].
-// The bias follows. Channels are padded with zeros to a multiple of `lanes`.
+// reads it front to back; K runs over (channel, ky, kx) as in PyTorch's weight. A depthwise one is [C /
+// lanes][9][lanes]. The bias follows. Channels are padded with zeros to a multiple of `lanes`. A block's projection may
+// end in a panel of one and a half vectors, which would waste a quarter of its multiply-adds: see paired_panel.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +75,15 @@ enum class Dtype : int { kFloat32, kFloat64 };
 // What an ISA fixes about layouts and register tiles.
 struct Tiles {
   int lanes, panel, tile_m;
+  bool pairs;  // has the tile for paired panels
 };
+
+// Whether the last panel of a projection is stored as [k / 2][3][lanes / 2 channels][2]: three vectors that each hold
+// half as many channels for two inputs, whose sums are added at the end. The same channels in two vectors, the second
+// one half empty, would take four multiply-adds for every two inputs instead of three.
+constexpr bool paired_panel(const Tiles& tiles, int64_t channels, int64_t k) {
+  return tiles.pairs && channels > tiles.lanes && channels <= tiles.lanes * 3 / 2 && k >= 4;
+}
 
 // One row of the kernel table. Every pointer is to the row's dtype; sizes and offsets are in elements.
 struct Kernel {
@@ -89,8 +98,8 @@ struct Kernel {
                 const void* zeros, int row0, int row1, int group0, int group1, void* partial);
   // y of pixels [pixel0, pixel1) from the partial sums of all groups, each [pixels][out_channels].
   void (*combine)(const Step&, const void* partials, const void* x, void* y, int pixel0, int pixel1);
-  void (*conv)(const Step&, const void* packed, const Image& image, void* y, void* scratch, const void* zeros,
-               int row0, int row1);
+  void (*conv)(const Step&, const void* packed, const Image& image, void* y, void* scratch, const void* zeros, int row0,
+               int row1);
   // Output channels of panels [panel0, panel1): the map, or where the step is pooled its mean.
   void (*pointwise)(const Step&, const void* packed, const void* x, void* y, int panel0, int panel1);
   void (*pool)(const Step&, const void* x, void* y);

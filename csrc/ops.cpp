@@ -120,8 +120,8 @@ Tensor execute(const Plan& plan, const Tensor& input, const void* packed) {
   STD_TORCH_CHECK(program.out_height > 0 && program.out_width > 0, "x of shape ", shape_of(input),
                   " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
   const Tensor y = program.flat ? new_tensor({x.size(0), program.out_channels}, x, MemoryFormat::Contiguous)
-                                : new_tensor({x.size(0), program.out_channels, program.out_height, program.out_width}, x,
-                                             MemoryFormat::ChannelsLast);
+                                : new_tensor({x.size(0), program.out_channels, program.out_height, program.out_width},
+                                             x, MemoryFormat::ChannelsLast);
   if (x.size(0) == 0) return y;
   Call call{};
   call.packed = packed;
@@ -146,7 +146,8 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
     for (const int64_t n : weight_sizes(layer)) size += n;
     packed_total += packed_size(layer, plan.kernel->tiles);
   }
-  STD_TORCH_CHECK(weights.numel() == size, "weights must have ", size, " elements for this plan, got ", weights.numel());
+  STD_TORCH_CHECK(weights.numel() == size, "weights must have ", size, " elements for this plan, got ",
+                  weights.numel());
   const Tensor packed = new_tensor({packed_total}, weights, MemoryFormat::Contiguous);
   const char* from = static_cast<const char*>(weights.data_ptr());
   char* to = static_cast<char*>(packed.data_ptr());

@@ -83,6 +83,10 @@ class InvertedResidual(nn.Module):
             nn.BatchNorm2d(out_channels),
         )
 
+    def repack(self) -> None:
+        """Packs the weights anew at the next call: for a write that PyTorch does not count (`.data`, a NumPy view)."""
+        self._chain.forget()
+
     def forward(self, x: Tensor) -> Tensor:
         y = self._chain(self, x) if self.fused else None
         if y is not None:
@@ -203,6 +207,14 @@ class MobileNetV2(nn.Module):
         for module in self.features.modules():
             if isinstance(module, InvertedResidual):
                 module.fused = value
+
+    def repack(self) -> None:
+        """Packs the weights anew at the next call: for a write that PyTorch does not count (`.data`, a NumPy view)."""
+        self._chain.forget()
+        self._features_chain.forget()
+        for module in self.features.modules():
+            if isinstance(module, InvertedResidual):
+                module.repack()
 
     def why_not_fused(self, x: Tensor) -> str:
         """Why a call with x would now run layer by layer and not as one op; "" when it would run as one."""

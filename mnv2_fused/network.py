@@ -146,7 +146,7 @@ class _Packing:
         self.tensors = tensors
         self._kernel = os.environ.get("MNV2_FUSED_KERNEL")
         self._watch = _C.Watch([root._modules, *tables])
-        # module.to() moves parameters to other memory and keeps the objects; the memory must not be freed and come back.
+        # module.to() keeps a parameter and moves it to other memory; the old must not be freed and come back.
         self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
         self._held = [t.detach() for t in self._parameters]
         self._versions, self._addresses = self._look()

@@ -60,7 +60,8 @@ def inverted_residual(
     """MobileNetV2's block as one op: 1x1 expand + ReLU6, 3x3 depthwise + ReLU6, 1x1 project (BN folded in).
 
     The expanded activation lives in registers and cache only. Outside the image it is 0 (the padding comes after the
-    first ReLU6). Source: Sandler et al., CVPR 2018, section 3 and Table 1.
+    first ReLU6). Gradients are those of `inverted_residual_reference`, recomputed; under forward-mode differentiation
+    that reference runs. Source: Sandler et al., CVPR 2018, section 3 and Table 1.
 
     Args:
         x: [N, C_in, H, W], float32 or float64, any strides; channels_last is read as it is, others are copied.
@@ -84,6 +85,9 @@ def inverted_residual(
     if isinstance(padding, int):
         padding = (padding,) * 4
     _output_shape(*arguments, stride, dilation, padding, residual)
+    if torch.autograd.forward_ad._current_level >= 0:  # the op has no forward-mode derivative, its definition has
+        options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual)
+        return inverted_residual_reference(*arguments, **options, project_relu6=project_relu6)
     return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6)
 
 

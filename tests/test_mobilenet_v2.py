@@ -707,6 +707,14 @@ def test_hooks_fire(find: Callable[[MobileNetV2], nn.Module]) -> None:
             assert torch.equal(fused(model, x), before) and not fired
 
 
+def test_repack_after_uncounted_writes() -> None:
+    model, x = settled(), images(1, 32, 32)
+    fused(model, x)
+    model.features[3].conv[0][0].weight.data.mul_(2)
+    model.repack()
+    check(model, x)
+
+
 def test_hook_that_changes_the_output() -> None:
     model, x = settled(), images(2, 32, 32)
     before = fused(model, x)

@@ -16,6 +16,7 @@ struct Float32 {
   static constexpr int kTileM = 4, kTileN = 3;
   // 7 accumulators and an input; the 9 weights are partly memory operands.
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 4;
+  static constexpr bool kPairs = false;
   static constexpr int kStreams = 4;
   static_assert(kTileM * kTileN + kTileN + 1 <= 16);
 

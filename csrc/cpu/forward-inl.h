@@ -16,9 +16,9 @@ struct Forward {
   static constexpr int kTileM = Isa::kTileM;  // pixels of a matrix tile
   static constexpr int kTileN = Isa::kTileN;  // vectors of output channels of a matrix tile
   static constexpr int kPanel = kTileN * kLanes;
-  static constexpr int kRows = Isa::kDepthwiseRows;  // output rows and
+  static constexpr int kRows = Isa::kDepthwiseRows;        // output rows and
   static constexpr int kColumns = Isa::kDepthwiseColumns;  // columns of a depthwise tile
-  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM};
+  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, Isa::kPairs};
 
   static int ceil_div(int a, int b) { return (a + b - 1) / b; }
   static int min(int a, int b) { return a < b ? a : b; }
@@ -61,7 +61,7 @@ struct Forward {
           const V a = Isa::broadcast_load(p[m / 3] + (m % 3) * stride);
           MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::fmadd(a, b[n], acc[m][n]);
         }
-        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) ++p[i];
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i)++ p[i];
         w += N * kLanes;
       }
     }
@@ -96,6 +96,11 @@ struct Forward {
       V acc[M][N];
       begin<M, N>(acc, bias);
       multiply<M, N>(acc, pixels, w);
+      finish<M, N>(acc, out);
+    }
+
+    template <int M, int N>
+    static MNV2_INLINE void finish(V (&acc)[M][N], const Outputs& out) {
       if (out.accumulate) add<M, N>(acc, out.y, out);
       if (out.residual) add<M, N>(acc, out.residual, out);
       if (out.relu6) {
@@ -125,6 +130,39 @@ struct Forward {
     }
   };
 
+  // The same from a paired panel: one and a half vectors of output channels, one run of inputs.
+  struct PairedOutput {
+    template <int M, int N>
+    static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
+      static_assert(M * 3 + 4 <= Isa::kRegisters);
+      constexpr int kPointers = (M + 2) / 3;
+      const int64_t stride = pixels.pixel_stride;
+      const T* p[kPointers];
+      MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[0] + pixels.offset + 3 * i * stride;
+      V sum[M][3];
+      MNV2_UNROLL for (int m = 0; m < M; ++m) {
+        MNV2_UNROLL for (int n = 0; n < 3; ++n) sum[m][n] = Isa::broadcast(T(0));
+      }
+      for (int k = pixels.k; k > 0; k -= 2) {
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) asm volatile("" : "+r"(p[i]));
+        V b[3];
+        MNV2_UNROLL for (int n = 0; n < 3; ++n) b[n] = Isa::load(w + n * kLanes);
+        MNV2_UNROLL for (int m = 0; m < M; ++m) {
+          const V a = Isa::broadcast_pair(p[m / 3] + (m % 3) * stride);
+          MNV2_UNROLL for (int n = 0; n < 3; ++n) sum[m][n] = Isa::fmadd(a, b[n], sum[m][n]);
+        }
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += 2;
+        w += 3 * kLanes;
+      }
+      V acc[M][2];
+      MNV2_UNROLL for (int m = 0; m < M; ++m) {
+        acc[m][0] = Isa::add(Isa::load(bias), Isa::add_pairs(sum[m][0], sum[m][1]));
+        acc[m][1] = Isa::add(Isa::load(bias + kLanes), Isa::add_pairs(sum[m][2], sum[m][2]));
+      }
+      Output::template finish<M, 2>(acc, out);
+    }
+  };
+
   // relu6 of the product, added over the pixels to the sums at y.
   struct Pooled {
     template <int M, int N>
@@ -140,9 +178,9 @@ struct Forward {
     }
   };
 
-  // Runs Kind::tile<m, n> for run-time m <= kTileM and n <= kTileN.
+  // Kind::tile<m, n> for run-time m <= M and n <= N.
   using TileFunction = void (*)(const Pixels&, const T*, const T*, const Outputs&);
-  template <class Kind, int M = kTileM, int N = kTileN>
+  template <class Kind, int M, int N>
   static TileFunction tile_function(int m, int n) {
     if constexpr (N > 1) {
       if (n < N) return tile_function<Kind, M, N - 1>(m, n);
@@ -153,18 +191,18 @@ struct Forward {
     return &Kind::template tile<M, N>;
   }
 
-  // y[pixels][n0 .. n0 + n_count) for one panel of output channels, all pixels.
-  template <class Kind>
+  // One panel of output channels for all pixels, M at a time.
+  template <class Kind, int M = kTileM, int N = kTileN>
   static void panel(Pixels pixels, const T* w, const T* bias, Outputs out, int pixel_count, int channels) {
-    const int n = ceil_div(channels, kLanes);
+    const int n = N == 1 ? 1 : ceil_div(channels, kLanes);
     out.tail = channels % kLanes;
-    const int full = pixel_count / kTileM * kTileM;
-    const TileFunction whole = tile_function<Kind>(kTileM, n);
-    for (int p = 0; p < full; p += kTileM) {
+    const int full = pixel_count / M * M;
+    const TileFunction whole = tile_function<Kind, M, N>(M, n);
+    for (int p = 0; p < full; p += M) {
       whole(pixels, w, bias, out);
-      advance(pixels, out, kTileM);
+      advance(pixels, out, M);
     }
-    if (full < pixel_count) tile_function<Kind>(pixel_count - full, n)(pixels, w, bias, out);
+    if (full < pixel_count) tile_function<Kind, M, N>(pixel_count - full, n)(pixels, w, bias, out);
   }
 
   static MNV2_INLINE void advance(Pixels& pixels, Outputs& out, int count) {
@@ -197,9 +235,7 @@ struct Forward {
   template <int S, bool D, int R, int C>
   static MNV2_INLINE void filter(const Taps& t, const Filter& f, const T* const* rows, int64_t start, T* d) {
     V acc[R][C];
-    MNV2_UNROLL for (int r = 0; r < R; ++r) {
-      MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = t.bias;
-    }
+    MNV2_UNROLL for (int r = 0; r < R; ++r) { MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = t.bias; }
     if constexpr (D) {
       MNV2_UNROLL for (int i = 0; i < (R - 1) * S + 3; ++i) {
         const T* row = rows[i] + start;
@@ -291,7 +327,10 @@ struct Forward {
     static constexpr int kRing = 4;
 
     ImageRows(const Step& step, const Image& source, T* scratch, const T* zero)
-        : s(step), image(source), zeros(zero), ring(scratch),
+        : s(step),
+          image(source),
+          zeros(zero),
+          ring(scratch),
           length(step.conv_pad_left + step.image_width + step.conv_pad_right) {}
 
     T* at(int channel, int row) { return ring + int64_t(channel * kRing + row % kRing) * length; }
@@ -325,8 +364,8 @@ struct Forward {
     }
   };
 
-  static void conv(const Step& s, const void* packed_, const Image& image, void* y_, void* scratch_,
-                   const void* zeros_, int row0, int row1) {
+  static void conv(const Step& s, const void* packed_, const Image& image, void* y_, void* scratch_, const void* zeros_,
+                   int row0, int row1) {
     const T* packed = static_cast<const T*>(packed_);
     T* scratch = static_cast<T*>(scratch_);
     const T** segment = reinterpret_cast<const T**>(scratch + s.rows_offset);
@@ -416,12 +455,25 @@ struct Forward {
           const int channels = min(kPanel, s.out_channels - n);
           const int width = ceil_div(channels, kLanes) * kLanes;
           const T* residual = last && s.residual ? x + pixel * s.in_channels + n : nullptr;
-          panel<Output>({segment, 1, c1 - c0, 0, s.d_stride},
-                        packed + s.project_weight + int64_t(n) * s.hidden_channels + int64_t(c0) * width,
-                        group == 0 ? packed + s.project_bias + n : zeros,
-                        {y + pixel * s.out_channels + n, nullptr, s.out_channels, residual, !partial_ && group > 0,
-                         last && s.relu6, 0},
-                        (o1 - o0) * s.out_width, channels);
+          const Pixels pixels = {segment, 1, c1 - c0, 0, s.d_stride};
+          const T* w = packed + s.project_weight + int64_t(n) * s.hidden_channels;
+          const T* bias = group == 0 ? packed + s.project_bias + n : zeros;
+          const Outputs out = {y + pixel * s.out_channels + n,
+                               nullptr,
+                               s.out_channels,
+                               residual,
+                               !partial_ && group > 0,
+                               last && s.relu6,
+                               0};
+          const int count = (o1 - o0) * s.out_width;
+          if constexpr (Isa::kPairs) {
+            if (paired_panel(kTiles, channels, s.hidden_channels)) {
+              panel<PairedOutput, Isa::kPairsM, 1>(pixels, w + int64_t(c0) * kLanes * 3 / 2, bias, out, count,
+                                                   channels);
+              continue;
+            }
+          }
+          panel<Output>(pixels, w + int64_t(c0) * width, bias, out, count, channels);
         }
       }
     }

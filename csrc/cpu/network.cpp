@@ -167,7 +167,8 @@ struct Runner {
       switch (s.kind) {
         case Layer::kConv3x3:
           phase(slices, [&](int t) {
-            kernel.conv(s, call.packed, image, y, scratch(worker), zeros, cut(s.out_height, t), cut(s.out_height, t + 1));
+            kernel.conv(s, call.packed, image, y, scratch(worker), zeros, cut(s.out_height, t),
+                        cut(s.out_height, t + 1));
           });
           break;
         case Layer::kBlock:
@@ -182,9 +183,7 @@ struct Runner {
               kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, 0, s.out_height, g, g + 1,
                            partials + g * int64_t(pixels) * s.out_channels * element);
             });
-            phase(slices, [&](int t) {
-              kernel.combine(s, partials, x, y, cut(pixels, t), cut(pixels, t + 1));
-            });
+            phase(slices, [&](int t) { kernel.combine(s, partials, x, y, cut(pixels, t), cut(pixels, t + 1)); });
           }
           break;
         case Layer::kPointwise: {

@@ -35,10 +35,10 @@ void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const
 struct Program {
   const Kernel* kernel;
   std::vector<Step> steps;
-  std::vector<std::vector<int32_t>> pixel_offsets;  // what the steps point to
-  int64_t image_size;                               // elements of an image at the input
-  int64_t out_channels, out_height, out_width;      // of the result; 1 x 1 once pooled
-  bool flat;                                        // the result is [N, out_channels]
+  std::vector<std::vector<int32_t>> pixel_offsets;                            // what the steps point to
+  int64_t image_size;                                                         // elements of an image at the input
+  int64_t out_channels, out_height, out_width;                                // of the result; 1 x 1 once pooled
+  bool flat;                                                                  // the result is [N, out_channels]
   int64_t activation_size, scratch_size, partial_size, zeros_size, features;  // in elements
 };
 

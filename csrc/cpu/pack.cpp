@@ -11,21 +11,21 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // The convolutions of a layer in order: outputs, and the inputs of each output (9 of a depthwise one).
 struct Convolution {
   int64_t n, k;
-  bool depthwise;
+  bool depthwise = false, projection = false;
 };
 
 std::vector<Convolution> convolutions(const Layer& layer) {
   switch (layer.kind) {
     case Layer::kConv3x3:
-      return {{layer.out_channels, layer.in_channels * 9, false}};
+      return {{layer.out_channels, layer.in_channels * 9}};
     case Layer::kPointwise:
     case Layer::kLinear:
-      return {{layer.out_channels, layer.in_channels, false}};
+      return {{layer.out_channels, layer.in_channels}};
     case Layer::kBlock: {
       std::vector<Convolution> all;
-      if (layer.expand) all.push_back({layer.hidden_channels, layer.in_channels, false});
+      if (layer.expand) all.push_back({layer.hidden_channels, layer.in_channels});
       all.push_back({layer.hidden_channels, 9, true});
-      all.push_back({layer.out_channels, layer.hidden_channels, false});
+      all.push_back({layer.out_channels, layer.hidden_channels, false, true});
       return all;
     }
     default:
@@ -35,10 +35,19 @@ std::vector<Convolution> convolutions(const Layer& layer) {
 
 // w [n][k] to panels [k][width]; blocks of 16 inputs keep both sides in L1.
 template <class T>
-void pack_panels(const T* w, int64_t n_count, int64_t k_count, const Tiles& tiles, T* packed) {
+void pack_panels(const T* w, int64_t n_count, int64_t k_count, const Tiles& tiles, bool projection, T* packed) {
   for (int64_t n0 = 0; n0 < n_count; n0 += tiles.panel) {
     const int64_t n1 = std::min<int64_t>(n0 + tiles.panel, n_count), width = round_up(n1 - n0, tiles.lanes);
     T* out = packed + n0 * k_count;
+    if (projection && paired_panel(tiles, n1 - n0, k_count)) {
+      for (int64_t k0 = 0; k0 < k_count; k0 += 2) {
+        for (int64_t i = 0; i < tiles.lanes * 3; ++i) {
+          const int64_t n = n0 + i / 2, k = k0 + i % 2;
+          *out++ = n < n1 && k < k_count ? w[n * k_count + k] : T(0);
+        }
+      }
+      continue;
+    }
     for (int64_t k0 = 0; k0 < k_count; k0 += 16) {
       const int64_t k1 = std::min<int64_t>(k0 + 16, k_count);
       for (int64_t n = n0; n < n0 + width; ++n) {
@@ -61,7 +70,7 @@ void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weigh
         }
       }
     } else {
-      pack_panels(w, c.n, c.k, tiles, packed);
+      pack_panels(w, c.n, c.k, tiles, c.projection, packed);
     }
     packed += n * c.k;
     std::copy_n(bias, c.n, packed);

@@ -15,6 +15,7 @@ struct Plain {
   };
   static constexpr int kTileM = 2, kTileN = 2;
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 2;
+  static constexpr bool kPairs = false;
   static constexpr int kStreams = 2;
 
   template <class F>
@@ -23,19 +24,33 @@ struct Plain {
     for (int i = 0; i < kLanes; ++i) v.lane[i] = f(i);
     return v;
   }
-  static V load(const T* p) { return each([=](int i) { return p[i]; }); }
-  static V load_n(const T* p, int n) { return each([=](int i) { return i < n ? p[i] : T(0); }); }
+  static V load(const T* p) {
+    return each([=](int i) { return p[i]; });
+  }
+  static V load_n(const T* p, int n) {
+    return each([=](int i) { return i < n ? p[i] : T(0); });
+  }
   static void store(T* p, V v) { store_n(p, v, kLanes); }
   static void store_n(T* p, V v, int n) {
     for (int i = 0; i < n; ++i) p[i] = v.lane[i];
   }
-  static V broadcast(T t) { return each([=](int) { return t; }); }
+  static V broadcast(T t) {
+    return each([=](int) { return t; });
+  }
   static V broadcast_load(const T* p) { return broadcast(*p); }
-  static V fmadd(V a, V b, V c) { return each([=](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
-  static V add(V a, V b) { return each([=](int i) { return a.lane[i] + b.lane[i]; }); }
+  static V fmadd(V a, V b, V c) {
+    return each([=](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  static V add(V a, V b) {
+    return each([=](int i) { return a.lane[i] + b.lane[i]; });
+  }
   // As the vector instructions: the second operand when either is NaN.
-  static V max(V a, V b) { return each([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-  static V min(V a, V b) { return each([=](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+  static V max(V a, V b) {
+    return each([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static V min(V a, V b) {
+    return each([=](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
 };
 
 const char* const kFeatures[] = {nullptr};
