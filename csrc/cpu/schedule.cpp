@@ -95,11 +95,14 @@ struct Resolver {
       program.partial_size = std::max(program.partial_size, round_up(out * step.groups, 16));
     }
 
-    std::vector<int32_t> offsets(int64_t(step.ring_rows) * step.width + tiles.tile_m);
-    for (size_t i = 0; i < offsets.size(); ++i) {
-      const int64_t pixel = int64_t(i) % (int64_t(step.ring_rows) * step.width);
-      offsets[i] = int32_t((pixel / step.width * step.row_length + step.pad_left + pixel % step.width) * panel);
+    std::vector<int32_t> offsets;
+    const size_t pixels = size_t(step.ring_rows) * step.width;
+    offsets.reserve(pixels + tiles.tile_m);
+    for (int row = 0; row < step.ring_rows; ++row) {
+      const int64_t first = int64_t(row) * step.row_length + step.pad_left;
+      for (int column = 0; column < step.width; ++column) offsets.push_back(int32_t((first + column) * panel));
     }
+    for (int i = 0; i < tiles.tile_m; ++i) offsets.push_back(offsets[i]);
     program.pixel_offsets.push_back(std::move(offsets));
     step.pixel_offsets = program.pixel_offsets.back().data();
   }
