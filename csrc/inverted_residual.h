@@ -49,7 +49,7 @@ struct Step {
   int image_channels, image_height, image_width;  // the dense 3x3's input (kStem, kConv3x3)
   int conv_stride, conv_pad_left, conv_pad_right, conv_pad_top;
 
-  int64_t expand_weight, expand_bias;  // offsets in the packed weights, in elements; also of the dense 3x3,
+  int64_t expand_weight, expand_bias;  // offsets in the packed weights, in elements; also of the dense 3x3
   int64_t depthwise_weight, depthwise_bias;
   int64_t project_weight, project_bias;  // of the 1x1 head and of the classifier
 
@@ -81,8 +81,8 @@ struct Tiles {
 // Whether the last panel of a projection is stored as [k / 2][3][lanes / 2 channels][2]: three vectors that each hold
 // half as many channels for two inputs, whose sums are added at the end. The same channels in two vectors, the second
 // one half empty, would take four multiply-adds for every two inputs instead of three.
-constexpr bool paired_panel(const Tiles& tiles, int64_t channels, int64_t k) {
-  return tiles.pairs && channels > tiles.lanes && channels <= tiles.lanes * 3 / 2 && k >= 4;
+static constexpr bool paired_panel(const Tiles& tiles, int64_t channels, int64_t k) {
+  return tiles.pairs && channels > tiles.lanes && channels <= tiles.lanes * 3 / 2 && k % 2 == 0;
 }
 
 // One row of the kernel table. Every pointer is to the row's dtype; sizes and offsets are in elements.

@@ -59,6 +59,7 @@ Plan parse(const std::vector<int64_t>& plan) {
                   " integers for each layer, got ", plan.size(), " integers");
   STD_TORCH_CHECK(plan[0] >= 0 && plan[0] < int64_t(kernels().size()), "plan names kernel ", plan[0], " of ",
                   kernels().size());
+  STD_TORCH_CHECK(count / fields <= 4096, "plan has ", count / fields, " layers, at most 4096 are allowed");
   Plan parsed{kernels()[plan[0]], {}};
   const std::string reason = why_unsupported(*parsed.kernel);
   STD_TORCH_CHECK(reason.empty(), parsed.kernel->name, " cannot run: ", reason);
@@ -81,7 +82,8 @@ Plan parse(const std::vector<int64_t>& plan) {
     check(l.kind != Layer::kPool || l.in_channels == l.out_channels, "pooling keeps the channels");
     if (l.kind == Layer::kBlock || l.kind == Layer::kConv3x3) {
       check(l.stride == 1 || l.stride == 2, "stride must be 1 or 2");
-      check(size(l.dilation) && (l.kind == Layer::kBlock || l.dilation == 1), "dilation must be at least 1");
+      check(size(l.dilation) && (l.kind == Layer::kBlock || l.dilation == 1),
+            "dilation must be 1 to 2^20, and 1 of a dense 3x3");
       check(pad(l.pad_left) && pad(l.pad_right) && pad(l.pad_top) && pad(l.pad_bottom), "padding must be 0 to 2^20");
     }
     if (l.kind == Layer::kBlock) {

@@ -99,6 +99,7 @@ def _describe_block(module: InvertedResidual) -> list[Stage]:
 
 
 def _describe_features(model: MobileNetV2) -> list[Stage]:
+    network.expect(len(model.features) >= 2, "features without a stem and a head")
     first, *blocks, last = model.features
     for block in blocks:
         network.expect(type(block) is InvertedResidual, f"{type(block)} where an InvertedResidual was expected")
@@ -106,6 +107,10 @@ def _describe_features(model: MobileNetV2) -> list[Stage]:
 
 
 def _describe_network(model: MobileNetV2) -> list[Stage]:
+    for name in ("forward_features", "forward_head"):
+        own = name in model.__dict__ or getattr(type(model), name) is not getattr(MobileNetV2, name)
+        network.expect(not own, f"the model has a {name} of its own")
+    network.expect(model.classifier is not None, "there is no classifier")
     stages = [*_describe_features(model), network.pool(model.features[-1][0].out_channels)]
     if type(model.classifier) is nn.Identity:
         return stages

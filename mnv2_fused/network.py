@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import _C, ops
 from .ops import Layer
 
-_VERSION, _REQUIRES_GRAD, _TRAINING = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class Unfusable(Exception):
@@ -87,7 +87,7 @@ def pointwise(module: nn.Module) -> Stage:
 
 def block(module: nn.Module, residual: bool) -> Stage:
     """An inverted residual: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, conv 1x1, BatchNorm."""
-    *expand, _, _, _ = module._modules.values()
+    *expand, _, _, _ = [None] * max(3, len(module._modules))
     types = (nn.Sequential,) * (len(expand) + 1) + (nn.Conv2d, nn.BatchNorm2d)
     *inner, project, project_bn = _children(module, *types)
     weights = [*map(conv_bn_relu6, inner), (project, _norm(project_bn))]
@@ -97,6 +97,8 @@ def block(module: nn.Module, residual: bool) -> Stage:
     _conv(project, 1)
     in_channels = weights[0][0].in_channels
     geometry = _geometry(depthwise)
+    kept = geometry["pad_left"] == geometry["pad_top"] == geometry["dilation"] and geometry["stride"] == 1
+    expect(not residual or (kept and in_channels == project.out_channels), "a residual of another shape than x")
     layer = Layer(
         ops.BLOCK, in_channels, depthwise.out_channels, project.out_channels, **geometry,
         expand=int(bool(expand)), residual=int(residual),
@@ -135,23 +137,28 @@ class _Packing:
     """Packed weights (or the reason why there are none), and from what they were made."""
 
     def __init__(self, root: nn.Module, parts: tuple[str, ...], describe: Callable[[nn.Module], list[Stage]]) -> None:
-        modules = [m for part in parts for m in getattr(root, part).modules()]
-        tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers) if table]
-        tables += [m.__dict__ for m in modules if type(m) not in (nn.Sequential, nn.ReLU6)]  # stride, eps and the like
-        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        self.switched = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
-        self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
-        # With the counters: a BatchNorm in training mode changes its running statistics without counting a version
-        # of them, but one of num_batches_tracked.
-        self.tensors = tensors
+        modules = [m for part in parts if (top := getattr(root, part)) is not None for m in top.modules()]
+        plain = (nn.Sequential, nn.ReLU6)  # no attribute of these matters but a forward of their own
+        dicts = [root.__dict__, root._modules]
+        dicts += [table for m in modules for table in (m._modules, m._parameters, m._buffers) if table]
+        dicts += [m.__dict__ for m in modules if type(m) not in plain]  # stride, eps, training
+        hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        sized = hooks + [m.__dict__ for m in modules if type(m) in plain]
+        parameters = [t for m in modules for t in m._parameters.values() if t is not None]
+        # With num_batches_tracked: a BatchNorm in training mode changes its running statistics without counting a
+        # version of them, but one of its counter.
+        buffers = [t for m in modules for t in m._buffers.values() if t is not None]
+        self._tensors = parameters + buffers
         self._kernel = os.environ.get("MNV2_FUSED_KERNEL")
-        self._watch = _C.Watch([root._modules, *tables])
-        # module.to() keeps a parameter and moves it to other memory; the old must not be freed and come back.
-        self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
-        self._held = [t.detach() for t in self._parameters]
-        self._versions, self._addresses = self._look()
+        self._watch = _C.Watch(dicts, sized, parameters, buffers)
+        # What is compared by identity or by address stays alive: no other object may come to stand in its place.
+        values = [value for table in dicts for value in table.values()]
+        self._held = (dicts, sized, values, [t.detach() for t in parameters])
         self.packed, self.plan, self.reason, self.dtype = None, [], "", None
         try:
+            switched = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
+            expect(not any(m.training for m in switched), "a BatchNorm or Dropout is in training mode")
+            expect(not any(hooks), "a module inside has forward hooks")
             expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")
             stages = describe(root)
             self.dtype = self._common_dtype()
@@ -162,26 +169,15 @@ class _Packing:
             self.reason = str(refusal)
 
     def _common_dtype(self) -> torch.dtype:
-        kinds = {(t.dtype, t.device.type) for t in self.tensors if t.is_floating_point()}
+        kinds = {(t.dtype, t.device.type) for t in self._tensors if t.is_floating_point()}
         expect(len(kinds) == 1, f"its tensors are of several dtypes or devices: {kinds}")
         ((dtype, device),) = kinds
         expect(dtype in (torch.float32, torch.float64) and device == "cpu", f"no kernel for {dtype} on {device}")
         return dtype
 
-    def training(self) -> bool:
-        return any(map(_TRAINING, self.switched))
-
     def current(self) -> bool:
-        """Whether nothing that the packed weights depend on has changed; some 40 microseconds for 314 tensors."""
-        same = self._kernel == os.environ.get("MNV2_FUSED_KERNEL") and self._watch.unchanged()
-        return same and self._look() == (self._versions, self._addresses)
-
-    def _look(self) -> tuple[list[object], list[int]]:
-        try:
-            versions = list(map(_VERSION, self.tensors))
-        except RuntimeError:  # inference tensors count no versions: every look is a change
-            versions = [object()]
-        return versions, list(map(Tensor.data_ptr, self._parameters))
+        """Whether nothing that the packed weights depend on has changed."""
+        return self._kernel == os.environ.get("MNV2_FUSED_KERNEL") and self._watch.unchanged()
 
 
 class FusedChain:
@@ -232,17 +228,17 @@ class FusedChain:
             if x.requires_grad:
                 return "gradients are asked for", None
         packing = self._packing
-        if packing is None or not (packing.training() or packing.current()):
+        if packing is None or not packing.current():
             with self._lock, torch.no_grad():
-                packing = self._packing = _Packing(root, self._parts, self._describe)
-        if packing.training():
-            return "a BatchNorm or Dropout is in training mode", None
+                packing = self._packing  # another thread may have been here first
+                if packing is None or not packing.current():
+                    packing = self._packing = _Packing(root, self._parts, self._describe)
         if packing.reason:
             return packing.reason, None
         if x.dtype != packing.dtype or x.shape[1] != packing.plan[2]:
             return f"the input has {x.shape[1]} channels of {x.dtype}, not {packing.plan[2]} of {packing.dtype}", None
-        if any(packing.hooks) or _global_hooks():
-            return "a module inside has forward hooks", None
+        if _global_hooks():
+            return "there are global forward hooks", None
         return "", packing
 
 

@@ -82,7 +82,7 @@ def inverted_residual(
         RuntimeError: MNV2_FUSED_KERNEL names a kernel that cannot run here or computes in another dtype.
     """
     arguments = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
-    if isinstance(padding, int):
+    if isinstance(padding, int) and not isinstance(padding, bool):
         padding = (padding,) * 4
     _output_shape(*arguments, stride, dilation, padding, residual)
     if torch.autograd.forward_ad._current_level >= 0:  # the op has no forward-mode derivative, its definition has
@@ -134,12 +134,12 @@ def _output_shape(
     _check_tensor("project_bias", project_bias, (out_channels,), x)
     if channels < 1 or hidden < 1 or out_channels < 1:
         raise ValueError(f"x must have channels, and so the weights, got {channels}, {hidden} and {out_channels}")
-    if stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride}")
-    if not isinstance(dilation, int) or dilation < 1:
-        raise ValueError(f"dilation must be an integer of at least 1, got {dilation!r}")
+    if not _is_size(stride) or stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    if not _is_size(dilation) or dilation < 1:
+        raise ValueError(f"dilation must be an integer from 1 to 2^20, got {dilation!r}")
     if not isinstance(padding, (tuple, list)) or len(padding) != 4 or not all(_is_size(p) for p in padding):
-        raise ValueError(f"padding must be an integer or (left, right, top, bottom), none negative, got {padding!r}")
+        raise ValueError(f"padding must be an integer or (left, right, top, bottom) from 0 to 2^20, got {padding!r}")
     left, right, top, bottom = padding
     reach = 2 * dilation + 1
     if height < 1 or width < 1 or height + top + bottom < reach or width + left + right < reach:
@@ -153,7 +153,7 @@ def _output_shape(
 
 
 def _is_size(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and n >= 0
+    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and 0 <= n <= 2**20
 
 
 @torch.library.register_fake("mnv2_fused::inverted_residual")
@@ -273,6 +273,11 @@ def _walk(x: Tensor, plan: list[int]) -> tuple[list[int], int]:
         flat = layer.kind in (POOL, LINEAR)
         shape = [batch, layer.out_channels] if flat else [batch, layer.out_channels, height, width]
     return shape, batch * macs
+
+
+@torch.library.register_fake("mnv2_fused::pack")
+def _(weights, plan):
+    return weights.new_empty(torch.library.get_ctx().new_dynamic_size())  # the kernel's padding is known to C++ alone
 
 
 @torch.library.register_fake("mnv2_fused::network")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -707,6 +709,32 @@ def test_hooks_fire(find: Callable[[MobileNetV2], nn.Module]) -> None:
             assert torch.equal(fused(model, x), before) and not fired
 
 
+def test_vanishing_map_is_an_error() -> None:
+    model = settled()
+    model.features[-2].conv[1][0].padding = (0, 0)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_fused_again_after_training_and_a_new_classifier() -> None:
+    model, x = settled(), images(1, 32, 32)
+    with torch.no_grad():
+        model.train()(torch.randn(2, 3, 32, 32))
+        model.reset_classifier(10)
+    check(model.eval(), x)
+
+
+def test_a_model_with_a_hook_that_refers_to_it_is_freed() -> None:
+    model, x = settled(), images(1, 32, 32)
+    model.features[3].register_forward_hook(lambda module, inputs, y, model=model: None)
+    with torch.no_grad():
+        model(x)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 def test_repack_after_uncounted_writes() -> None:
     model, x = settled(), images(1, 32, 32)
     fused(model, x)
@@ -800,6 +828,19 @@ def residual_off(model: MobileNetV2) -> None:
     model.features[3].use_res_connect = False
 
 
+def own_forward_of_a_sequential(model: MobileNetV2) -> None:
+    stem = model.features[0]
+    stem.forward = lambda x: 2 * nn.Sequential.forward(stem, x)
+
+
+def own_forward_features(model: MobileNetV2) -> None:
+    model.forward_features = lambda x: 2 * MobileNetV2.forward_features(model, x)
+
+
+def hollow_block(model: MobileNetV2) -> None:
+    model.features[3].conv = nn.Sequential(nn.Identity())
+
+
 def another_head(model: MobileNetV2) -> None:
     model.classifier = nn.Sequential(nn.Linear(1280, 20), nn.Tanh(), nn.Linear(20, 5))
 
@@ -810,7 +851,8 @@ def softplus_behind(model: MobileNetV2) -> None:
 
 UNUSUAL: tuple[Callable[[MobileNetV2], None], ...] = (
     parametrized, weight_norm, pruned, silu, identity_norm, identity_block, reflected, padding_changed, dilated,
-    own_forward, own_forward_inside, residual_off, another_head, softplus_behind,
+    own_forward, own_forward_inside, own_forward_of_a_sequential,
+    own_forward_features, hollow_block, residual_off, another_head, softplus_behind,
 )  # fmt: skip
 
 

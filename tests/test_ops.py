@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
+from mnv2_fused import ops
 from mnv2_fused.ops import inverted_residual, inverted_residual_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +44,9 @@ KINDS = (
     Block(40, 203, 35, 7, 5, batch=3, stride=2, padding=(0, 1, 0, 1)),
     Block(20, 390, 20, 15, 17, dilation=2, padding=2, residual=True, project_relu6=True),
     Block(8, 50, 9, 40, 20, dilation=4, stride=2, padding=(3, 1, 0, 2)),
+    # One and a half vectors of output channels, for an even and an odd number of hidden ones.
+    Block(5, 8, 24, 9, 9),
+    Block(3, 33, 20, 12, 10, batch=2),
 )
 
 
@@ -491,10 +495,12 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "stride -1": (dict(stride=-1), "stride must be 1 or 2, got -1"),
     "stride of two": (dict(stride=(2, 2)), r"stride must be 1 or 2, got \(2, 2\)"),
     "stride 1.5": (dict(stride=1.5), "stride must be 1 or 2, got 1.5"),
-    "dilation 0": (dict(dilation=0), "dilation must be .*at least 1, got 0"),
-    "dilation -2": (dict(dilation=-2), "dilation must be .*at least 1, got -2"),
-    "dilation 1.5": (dict(dilation=1.5), "dilation must be .*at least 1, got 1.5"),
-    "dilation of two": (dict(dilation=(1, 1)), "dilation must be .*at least 1"),
+    "dilation 0": (dict(dilation=0), "dilation must be .*1 to 2.20, got 0"),
+    "dilation huge": (dict(dilation=2**21), "dilation must be .*1 to 2.20, got 2097152"),
+    "stride float": (dict(stride=1.0), "stride must be 1 or 2, got 1.0"),
+    "dilation -2": (dict(dilation=-2), "dilation must be .*1 to 2.20, got -2"),
+    "dilation 1.5": (dict(dilation=1.5), "dilation must be .*1 to 2.20, got 1.5"),
+    "dilation of two": (dict(dilation=(1, 1)), "dilation must be .*1 to 2.20"),
     "padding -1": (dict(padding=-1), r"padding must be .*\(left, right, top, bottom\).*-1"),
     "padding one negative": (dict(padding=(1, 1, 1, -1)), r"padding must be .*\(left, right, top, bottom\).*-1"),
     "padding of two": (dict(padding=(1, 1)), r"padding must be .*\(left, right, top, bottom\).*\(1, 1\)"),
@@ -513,6 +519,24 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "x of 9x1 .*smaller than the 3x3",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [ops.Layer(ops.BLOCK, 4, 4, 4), ops.Layer(ops.POOL, 4, 0, 4)],
+        [ops.Layer(ops.BLOCK, 4, 4, 4), ops.Layer(ops.BLOCK, 4, 4, 4, 1, 1, 2, 2, 2, 2)],
+        [ops.Layer(ops.CONV3X3, 4, 0, 4), ops.Layer(ops.BLOCK, 4, 4, 4, 1, 1, 2, 2, 2, 2)],
+    ],
+    ids=["pool", "block", "stem"],
+)
+def test_no_pixels_on_the_way(layers: list[ops.Layer]) -> None:
+    """A map that vanishes inside a network is an error, not a mean of nothing."""
+    plan = ops.make_plan(layers, torch.float32)
+    counts = {ops.BLOCK: 4 * 10 + 4 * 5, ops.CONV3X3: 4 * 4 * 9 + 4, ops.POOL: 0}
+    packed = torch.ops.mnv2_fused.pack(torch.zeros(sum(counts[layer.kind] for layer in layers)), plan)
+    with pytest.raises(RuntimeError, match="output would be empty"):
+        torch.ops.mnv2_fused.network(torch.zeros(1, 4, 1, 1), packed, plan)
 
 
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)

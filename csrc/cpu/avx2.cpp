@@ -14,11 +14,11 @@ struct Float32 {
   static constexpr int kLanes = 8;
   // 12 accumulators, 3 weight vectors and the broadcast pixel: all 16 registers. 24 divides every expanded width.
   static constexpr int kTileM = 4, kTileN = 3;
-  // 7 accumulators and an input; the 9 weights are partly memory operands.
+  // 4 accumulators, 9 weights, the bias and an input: 15 registers.
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 4;
   static constexpr bool kPairs = false;
   static constexpr int kStreams = 4;
-  static_assert(kTileM * kTileN + kTileN + 1 <= 16);
+  static_assert(kTileM * kTileN + kTileN + 1 <= 16 && kDepthwiseRows * kDepthwiseColumns + 11 <= 16);
 
   // The first n lanes: eight from the middle of eight ones and eight zeros.
   static __m256i mask(int n) {

@@ -19,13 +19,13 @@ struct Float32 {
   static constexpr int kLanes = 16;
   // 28 accumulators, 2 weight vectors and the broadcast pixel: 31 of 32 registers, 16 loads for 28 multiply-adds.
   static constexpr int kTileM = 14, kTileN = 2;
-  // 14 accumulators, 9 weights, an input: 24 registers, 36 loads for 126 multiply-adds at stride 1.
+  // 14 accumulators, 9 weights, the bias, an input: 25 registers, 36 loads for 126 multiply-adds at stride 1.
   static constexpr int kDepthwiseRows = 2, kDepthwiseColumns = 7;
   static constexpr int kStreams = 4;
   // 21 accumulators, 3 weight vectors and the broadcast pair of inputs.
   static constexpr bool kPairs = true;
   static constexpr int kPairsM = 7, kRegisters = 32;
-  static_assert(kTileM * kTileN + kTileN + 1 <= 32 && kDepthwiseRows * kDepthwiseColumns + 10 <= 32);
+  static_assert(kTileM * kTileN + kTileN + 1 <= 32 && kDepthwiseRows * kDepthwiseColumns + 11 <= 32);
 
   static V load(const T* p) { return _mm512_loadu_ps(p); }
   static V load_n(const T* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }

@@ -3,8 +3,8 @@
 //
 // A block never holds its expanded tensor: for a stripe of output rows it expands the rows of h that are missing into
 // a ring, a panel of channels at a time, filters that panel into d while it is in L1, and projects the stripe.
-// Every output element is one chain of multiply-adds whose order depends on its place in the tensor only, never on
-// the tile or the thread that computes it.
+// The order in which an output element's products are added depends on its place in the tensor only, never on the tile
+// or the thread that computes it.
 #define MNV2_INLINE inline __attribute__((always_inline))
 #define MNV2_UNROLL _Pragma("GCC unroll 32")
 

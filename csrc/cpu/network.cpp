@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <xmmintrin.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -25,13 +26,16 @@ void advise_huge_pages(void* data, size_t bytes) {
 namespace {
 
 // Working memory is kept between calls, one block for each call that runs at the same time: a few MB whose pages
-// the system would otherwise zero anew for every image.
+// the system would otherwise zero anew for every image. What an unusually large image took is given back.
 class Arena {
  public:
   explicit Arena(size_t bytes) {
     {
       std::lock_guard<std::mutex> lock(mutex());
-      if (!idle().empty()) {
+      const auto largest = std::max_element(idle().begin(), idle().end(),
+                                            [](const Block& a, const Block& b) { return a.size < b.size; });
+      if (largest != idle().end()) {
+        std::swap(*largest, idle().back());
         block_ = std::move(idle().back());
         idle().pop_back();
       }
@@ -45,8 +49,9 @@ class Arena {
     }
   }
   ~Arena() {
+    if (block_.size > kKept) return;
     std::lock_guard<std::mutex> lock(mutex());
-    idle().push_back(std::move(block_));
+    if (idle().size() < idle().capacity()) idle().push_back(std::move(block_));
   }
   char* data() const { return block_.data.get(); }
 
@@ -63,9 +68,14 @@ class Arena {
     return m;
   }
   static std::vector<Block>& idle() {
-    static std::vector<Block> blocks;
+    static std::vector<Block> blocks = [] {
+      std::vector<Block> v;
+      v.reserve(64);  // and no more: a destructor must not allocate
+      return v;
+    }();
     return blocks;
   }
+  static constexpr size_t kKept = 64 << 20;
   Block block_;
 };
 

@@ -10,6 +10,8 @@
 
 namespace mnv2_fused {
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // --- dispatch.cpp
 
 // The rows of the table, best first.
@@ -43,6 +45,8 @@ struct Program {
 };
 
 int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation);
+// The program's out_height is 0 where some layer's output would be empty. Throws std::length_error for sizes beyond
+// what the kernels count in 32 bits.
 Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t height, int64_t width);
 
 // --- network.cpp

@@ -6,8 +6,6 @@
 namespace mnv2_fused {
 namespace {
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // The convolutions of a layer in order: outputs, and the inputs of each output (9 of a depthwise one).
 struct Convolution {
   int64_t n, k;
@@ -43,7 +41,7 @@ void pack_panels(const T* w, int64_t n_count, int64_t k_count, const Tiles& tile
       for (int64_t k0 = 0; k0 < k_count; k0 += 2) {
         for (int64_t i = 0; i < tiles.lanes * 3; ++i) {
           const int64_t n = n0 + i / 2, k = k0 + i % 2;
-          *out++ = n < n1 && k < k_count ? w[n * k_count + k] : T(0);
+          *out++ = n < n1 ? w[n * k_count + k] : T(0);
         }
       }
       continue;

@@ -1,5 +1,6 @@
 // The geometry of every layer for one image size, its place in the packed weights, and the order of its work.
 #include <algorithm>
+#include <stdexcept>
 
 #include "network.h"
 
@@ -15,7 +16,6 @@ constexpr int64_t kMaxGroups = 4, kMinGroupChannels = 96;
 constexpr int64_t kPanelBytes = 160 << 10;
 constexpr int kMaxStripe = 8;
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Resolver {
@@ -43,27 +43,27 @@ struct Resolver {
     step.conv_pad_top = int(layer.pad_top);
   }
 
-  int64_t image_ring(const Step& step) const {
-    const int64_t length = step.conv_pad_left + step.image_width + step.conv_pad_right;
-    program_zeros(length);
-    return step.image_channels * 4 * length;
-  }
+  // A row of zeros that long stands in for rows outside the image.
+  void need_zeros(int64_t size) { program.zeros_size = std::max(program.zeros_size, size); }
 
-  mutable int64_t zeros = 0;
-  void program_zeros(int64_t size) const { zeros = std::max(zeros, size); }
+  static void check_count(int64_t n) {
+    if (n > INT32_MAX) throw std::length_error("x is too large: its rows or its pixels do not fit into 2^31 elements");
+  }
 
   // Scratch: ring of h | d | row pointers | image rows.
   void lay_out_scratch(Step& step, int64_t ring, int64_t d, int64_t pointers) {
     step.d_offset = round_up(ring, tiles.lanes);
     step.rows_offset = step.d_offset + round_up(d, 16);
     step.image_offset = step.rows_offset + round_up(pointers * 8 / element_size() + 1, 16);
-    step.scratch_size = round_up(step.image_offset + image_ring(step), 16);
+    const int64_t image_row = step.conv_pad_left + step.image_width + step.conv_pad_right;
+    need_zeros(image_row);
+    step.scratch_size = round_up(step.image_offset + step.image_channels * 4 * image_row, 16);
     program.scratch_size = std::max(program.scratch_size, step.scratch_size);
   }
 
   void block(Step& step) {
     const int64_t panel = tiles.panel, hidden = step.hidden_channels;
-    step.row_length = step.pad_left + step.width + std::max(0, step.pad_right);
+    step.row_length = step.pad_left + step.width + step.pad_right;
     const int64_t reach = 2 * step.dilation + 1;
     const auto rows = [&](int64_t stripe) { return (stripe - 1) * step.stride + reach; };
 
@@ -81,15 +81,18 @@ struct Resolver {
     }
     step.group_channels = int(round_up(ceil_div(hidden, step.groups), panel));
     step.groups = int(ceil_div(hidden, step.group_channels));
-    step.ring_rows = int(rows(step.stripe));
+    step.ring_rows = int(std::min<int64_t>(rows(step.stripe), step.height));
     step.d_stride = int(round_up(std::min<int64_t>(step.group_channels, hidden), tiles.lanes));
     if (step.d_stride * element_size() % 4096 == 0) step.d_stride += tiles.lanes;  // pixels would share cache sets
 
+    check_count(step.row_length * panel);
+    check_count(int64_t(step.out_height) * step.out_width);
     const int64_t panels = step.whole ? 1 : ceil_div(step.group_channels, panel);
     const int64_t ring = panels * step.ring_rows * step.row_length * panel;
     const int64_t d = int64_t(step.stripe) * step.out_width * step.d_stride;
-    lay_out_scratch(step, ring, d, step.image_channels * 3 + 1 + step.ring_rows);
-    program_zeros(step.row_length * panel);
+    lay_out_scratch(step, ring, d, step.image_channels * 3 + 1 + rows(step.stripe));
+    need_zeros(step.row_length * panel);
+    check_count(int64_t(step.ring_rows) * step.row_length * panel);
     if (step.groups > 1) {
       const int64_t out = int64_t(step.out_height) * step.out_width * step.out_channels;
       program.partial_size = std::max(program.partial_size, round_up(out * step.groups, 16));
@@ -122,6 +125,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
   program.image_size = layers[0].in_channels * height * width;
   program.pixel_offsets.reserve(layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
+    Resolver::check_count(height * width);
     const Layer* layer = &layers[i];
     Step step{};
     step.kind = Layer::Kind(layer->kind);
@@ -131,6 +135,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
       resolver.place(layer->out_channels, layer->in_channels * 9, &step.expand_weight, &step.expand_bias);
       height = out_extent(height, layer->pad_top + layer->pad_bottom, layer->stride, 1);
       width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, 1);
+      if (height == 0 || width == 0) return std::move(program);
       // A block without an expansion reads the stem's rows as its h: the stem is the expansion.
       const Layer* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
       if (next && next->kind == Layer::kBlock && !next->expand && !next->residual) {
@@ -166,7 +171,8 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
         width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, layer->dilation);
         step.out_height = int(height);
         step.out_width = int(width);
-        if (height > 0 && width > 0) resolver.block(step);
+        if (height == 0 || width == 0) return std::move(program);
+        resolver.block(step);
         break;
       case Layer::kConv3x3:
         resolver.lay_out_scratch(step, 0, 0, step.image_channels * 3);
@@ -197,7 +203,8 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
   program.out_height = height;
   program.out_width = width;
   program.activation_size = round_up(program.activation_size, 16);
-  program.zeros_size = round_up(std::max<int64_t>(resolver.zeros, kernel.tiles.panel), 16);
+  resolver.need_zeros(kernel.tiles.panel);
+  program.zeros_size = round_up(program.zeros_size, 16);
   return std::move(resolver.program);
 }
 
