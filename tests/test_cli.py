@@ -333,7 +333,8 @@ def test_demo_cannot_write(tmp_path):
 
 def process(*args, **kwargs):
     command = [sys.executable, "-c", "from mnv2_fused.cli import app; app()", *map(str, args)]
-    return subprocess.run(command, capture_output=True, timeout=120, **kwargs)
+    here = os.path.dirname(__file__)  # not the root of the tree, whose package may be one without its extension
+    return subprocess.run(command, capture_output=True, timeout=120, cwd=here, **kwargs)
 
 
 def test_streams_of_a_process(folder, tmp_path):
