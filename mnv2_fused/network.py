@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import _C, ops
 from .ops import Layer
@@ -142,8 +143,9 @@ class _Packing:
         dicts = [root.__dict__, root._modules]
         dicts += [table for m in modules for table in (m._modules, m._parameters, m._buffers) if table]
         dicts += [m.__dict__ for m in modules if type(m) not in plain]  # stride, eps, training
-        hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
-        sized = hooks + [m.__dict__ for m in modules if type(m) in plain]
+        sized = [m.__dict__ for m in modules if type(m) in plain]
+        self._hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooked, self._handles = any(self._hooks), RemovableHandle.next_id
         parameters = [t for m in modules for t in m._parameters.values() if t is not None]
         # With num_batches_tracked: a BatchNorm in training mode changes its running statistics without counting a
         # version of them, but one of its counter.
@@ -158,7 +160,7 @@ class _Packing:
         try:
             switched = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
             expect(not any(m.training for m in switched), "a BatchNorm or Dropout is in training mode")
-            expect(not any(hooks), "a module inside has forward hooks")
+            expect(not self._hooked, "a module inside has forward hooks")
             expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")
             stages = describe(root)
             self.dtype = self._common_dtype()
@@ -177,6 +179,10 @@ class _Packing:
 
     def current(self) -> bool:
         """Whether nothing that the packed weights depend on has changed."""
+        if self._hooked or self._handles != RemovableHandle.next_id:  # else no hook was registered anywhere since
+            if any(self._hooks) != self._hooked:
+                return False
+            self._handles = RemovableHandle.next_id
         return self._kernel == os.environ.get("MNV2_FUSED_KERNEL") and self._watch.unchanged()
 
 
