@@ -43,6 +43,10 @@ struct Forward {
     const T* residual;      // null, or x laid out as y
     bool accumulate, relu6;
     int tail;  // elements of the last vector that exist, 0 for all
+    // Weights that are read next and would come from far away, fetched along the way: so many rows of a panel. Null
+    // where they are in cache.
+    const T* ahead = nullptr;
+    int ahead_rows = 0;
   };
 
   template <int M, int N>
@@ -197,8 +201,14 @@ struct Forward {
     const int n = N == 1 ? 1 : ceil_div(channels, kLanes);
     out.tail = channels % kLanes;
     const int full = pixel_count / M * M;
+    const int64_t lines = out.ahead ? int64_t(out.ahead_rows) * kPanel * int64_t(sizeof(T)) / 64 : 0;
+    const int64_t share = lines * M / max(pixel_count, M) + 1;  // before each tile
+    int64_t fetched = 0;
     const TileFunction whole = tile_function<Kind, M, N>(M, n);
     for (int p = 0; p < full; p += M) {
+      for (int64_t end = fetched + share < lines ? fetched + share : lines; fetched < end; ++fetched) {
+        __builtin_prefetch(reinterpret_cast<const char*>(out.ahead) + fetched * 64);
+      }
       whole(pixels, w, bias, out);
       advance(pixels, out, M);
     }
@@ -427,8 +437,13 @@ struct Forward {
           const int channels = min(kPanel, c1 - c);
           if (s.source == Step::kExpand) {
             segment[0] = x + int64_t(h0) * s.width * s.in_channels;
+            const bool more = c + kPanel < c1;
+            const T* ahead = !s.whole ? nullptr
+                             : more   ? packed + s.expand_weight + int64_t(c + kPanel) * s.in_channels
+                                      : packed + s.project_weight + int64_t(c0) * min(kPanel, s.out_channels);
             expand(s, segment, packed + s.expand_weight + int64_t(c) * s.in_channels, packed + s.expand_bias + c, h,
-                   h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels);
+                   h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead,
+                   more ? s.in_channels : c1 - c0);
           } else if (s.source == Step::kCopy) {
             for (int row = h0; row < h1; ++row) copy_row(s, x, h, row, c, channels);
           }
@@ -458,13 +473,23 @@ struct Forward {
           const Pixels pixels = {segment, 1, c1 - c0, 0, s.d_stride};
           const T* w = packed + s.project_weight + int64_t(n) * s.hidden_channels;
           const T* bias = group == 0 ? packed + s.project_bias + n : zeros;
-          const Outputs out = {y + pixel * s.out_channels + n,
-                               nullptr,
-                               s.out_channels,
-                               residual,
-                               !partial_ && group > 0,
-                               last && s.relu6,
-                               0};
+          Outputs out = {y + pixel * s.out_channels + n,
+                         nullptr,
+                         s.out_channels,
+                         residual,
+                         !partial_ && group > 0,
+                         last && s.relu6,
+                         0};
+          if (s.whole && n + kPanel < s.out_channels) {
+            out.ahead = w + int64_t(kPanel) * s.hidden_channels + int64_t(c0) * kPanel;
+            out.ahead_rows = c1 - c0;
+          } else if (s.whole && c1 < s.hidden_channels) {
+            out.ahead = packed + s.expand_weight + int64_t(c1) * s.in_channels;
+            out.ahead_rows = s.in_channels;
+          } else if (s.whole) {
+            out.ahead = packed + s.project_bias + s.out_channels;  // the next layer's weights follow
+            out.ahead_rows = s.out_channels;
+          }
           const int count = (o1 - o0) * s.out_width;
           if constexpr (Isa::kPairs) {
             if (paired_panel(kTiles, channels, s.hidden_channels)) {
@@ -481,13 +506,14 @@ struct Forward {
 
   // `count` pixels of h from ring pixel `first` on, around the end of the ring where they reach it.
   static void expand(const Step& s, const T* const* segment, const T* w, const T* bias, T* h, int first,
-                     int ring_pixels, int count, int channels) {
+                     int ring_pixels, int count, int channels, const T* ahead, int ahead_rows) {
     // The offsets table goes a tile beyond the ring's end, so only whole runs up to there need a cut.
     Pixels pixels = {segment, 1, s.in_channels, 0, s.in_channels};
     while (count > 0) {
       const int to_end = ceil_div(ring_pixels - first, kTileM) * kTileM;
       const int now = min(count, to_end);
-      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, false, true, 0}, now, channels);
+      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, false, true, 0, ahead, ahead_rows}, now,
+                    channels);
       pixels.offset += int64_t(now) * pixels.pixel_stride;
       first = (first + now) % ring_pixels;
       count -= now;
@@ -554,7 +580,9 @@ struct Forward {
         continue;
       }
       T sum[kPanel] = {};
-      panel<Pooled>(a, w, bias, {sum, nullptr, 0, nullptr, false, true, 0}, pixels, channels);
+      panel<Pooled>(a, w, bias,
+                    {sum, nullptr, 0, nullptr, false, true, 0, w + int64_t(kPanel) * s.in_channels, s.in_channels},
+                    pixels, channels);
       for (int i = 0; i < channels; ++i) y[i] = sum[i] / T(pixels);
     }
   }
