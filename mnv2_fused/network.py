@@ -20,6 +20,7 @@ from . import _C, ops
 from .ops import Layer
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_NETWORK = torch.ops.mnv2_fused.network.default
 
 
 class Unfusable(Exception):
@@ -216,7 +217,7 @@ class FusedChain:
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor | None:
         """The result of the chain, or None where it cannot run fused."""
         reason, packing = self._prepare(root, x)
-        return None if reason else torch.ops.mnv2_fused.network(x, packing.packed, packing.plan)
+        return None if reason else _NETWORK(x, packing.packed, packing.plan)
 
     def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

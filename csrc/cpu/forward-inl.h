@@ -16,6 +16,7 @@ struct Forward {
   static constexpr int kTileM = Isa::kTileM;  // pixels of a matrix tile
   static constexpr int kTileN = Isa::kTileN;  // vectors of output channels of a matrix tile
   static constexpr int kPanel = kTileN * kLanes;
+  static constexpr int kLine = 64 / sizeof(T);  // elements of a cache line
   static constexpr int kRows = Isa::kDepthwiseRows;        // output rows and
   static constexpr int kColumns = Isa::kDepthwiseColumns;  // columns of a depthwise tile
   static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, Isa::kPairs};
@@ -43,16 +44,19 @@ struct Forward {
     const T* residual;      // null, or x laid out as y
     bool accumulate, relu6;
     int tail;  // elements of the last vector that exist, 0 for all
-    // Weights that are read next and would come from far away, fetched along the way: so many rows of a panel. Null
-    // where they are in cache.
+    // Weights that are read next and would come from far away: so many elements. Null where they are in cache.
     const T* ahead = nullptr;
-    int ahead_rows = 0;
+    int64_t ahead_size = 0;
+    // They are fetched along the way, so far for every k of a tile: all at once they would fill the core's queue of
+    // misses, and it would wait.
+    int64_t ahead_step = 0;
   };
 
   template <int M, int N>
-  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w) {
+  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Outputs& out) {
     constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
-    const int64_t stride = pixels.pixel_stride;
+    const int64_t stride = pixels.pixel_stride, ahead_step = out.ahead_step;
+    const T* ahead = out.ahead;
     for (int s = 0; s < pixels.segments; ++s) {
       const T* p[kPointers];
       MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[s] + pixels.offset + 3 * i * stride;
@@ -67,6 +71,8 @@ struct Forward {
         }
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i)++ p[i];
         w += N * kLanes;
+        __builtin_prefetch(ahead);
+        ahead += ahead_step;
       }
     }
   }
@@ -85,7 +91,7 @@ struct Forward {
     static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
       V acc[M][N];
       begin<M, N>(acc, bias);
-      multiply<M, N>(acc, pixels, w);
+      multiply<M, N>(acc, pixels, w, out);
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
         T* y = out.y + out.offset[m];
         MNV2_UNROLL for (int n = 0; n < N; ++n) Isa::store(y + n * kLanes, relu6(acc[m][n]));
@@ -99,7 +105,7 @@ struct Forward {
     static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
       V acc[M][N];
       begin<M, N>(acc, bias);
-      multiply<M, N>(acc, pixels, w);
+      multiply<M, N>(acc, pixels, w, out);
       finish<M, N>(acc, out);
     }
 
@@ -173,7 +179,7 @@ struct Forward {
     static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
       V acc[M][N];
       begin<M, N>(acc, bias);
-      multiply<M, N>(acc, pixels, w);
+      multiply<M, N>(acc, pixels, w, out);
       MNV2_UNROLL for (int n = 0; n < N; ++n) {
         V sum = Isa::load(out.y + n * kLanes);
         MNV2_UNROLL for (int m = 0; m < M; ++m) sum = Isa::add(sum, relu6(acc[m][n]));
@@ -201,16 +207,18 @@ struct Forward {
     const int n = N == 1 ? 1 : ceil_div(channels, kLanes);
     out.tail = channels % kLanes;
     const int full = pixel_count / M * M;
-    const int64_t lines = out.ahead ? int64_t(out.ahead_rows) * kPanel * int64_t(sizeof(T)) / 64 : 0;
-    const int64_t share = lines * M / max(pixel_count, M) + 1;  // before each tile
-    int64_t fetched = 0;
+    const int64_t steps = int64_t(pixels.segments) * pixels.k;  // of a tile
+    if (out.ahead) {
+      const int64_t even = out.ahead_size / (steps * ceil_div(pixel_count, M)) + 1;
+      out.ahead_step = even < kLine ? even : kLine;
+    } else {
+      out.ahead = w;
+    }
     const TileFunction whole = tile_function<Kind, M, N>(M, n);
     for (int p = 0; p < full; p += M) {
-      for (int64_t end = fetched + share < lines ? fetched + share : lines; fetched < end; ++fetched) {
-        __builtin_prefetch(reinterpret_cast<const char*>(out.ahead) + fetched * 64);
-      }
       whole(pixels, w, bias, out);
       advance(pixels, out, M);
+      out.ahead += steps * out.ahead_step;
     }
     if (full < pixel_count) tile_function<Kind, M, N>(pixel_count - full, n)(pixels, w, bias, out);
   }
@@ -370,7 +378,14 @@ struct Forward {
           for (int i = 0; i < s.image_width; ++i) to[i] = from[i * image.stride_column];
         }
         for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = 0;
+        if (row + s.conv_stride < s.image_height) fetch_row(from + s.conv_stride * image.stride_row);
       }
+    }
+
+    // The image comes from far away, and the next rows of it are read only when these have been multiplied.
+    void fetch_row(const T* from) const {
+      if (image.stride_column > kLine || image.stride_column < 0) return;
+      for (int64_t i = 0; i < s.image_width * image.stride_column; i += kLine) __builtin_prefetch(from + i);
     }
   };
 
@@ -443,7 +458,7 @@ struct Forward {
                                       : packed + s.project_weight + int64_t(c0) * min(kPanel, s.out_channels);
             expand(s, segment, packed + s.expand_weight + int64_t(c) * s.in_channels, packed + s.expand_bias + c, h,
                    h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead,
-                   more ? s.in_channels : c1 - c0);
+                   int64_t(kPanel) * (more ? s.in_channels : c1 - c0));
           } else if (s.source == Step::kCopy) {
             for (int row = h0; row < h1; ++row) copy_row(s, x, h, row, c, channels);
           }
@@ -482,13 +497,13 @@ struct Forward {
                          0};
           if (s.whole && n + kPanel < s.out_channels) {
             out.ahead = w + int64_t(kPanel) * s.hidden_channels + int64_t(c0) * kPanel;
-            out.ahead_rows = c1 - c0;
+            out.ahead_size = int64_t(kPanel) * (c1 - c0);
           } else if (s.whole && c1 < s.hidden_channels) {
             out.ahead = packed + s.expand_weight + int64_t(c1) * s.in_channels;
-            out.ahead_rows = s.in_channels;
+            out.ahead_size = int64_t(kPanel) * s.in_channels;
           } else if (s.whole) {
             out.ahead = packed + s.project_bias + s.out_channels;  // the next layer's weights follow
-            out.ahead_rows = s.out_channels;
+            out.ahead_size = int64_t(kPanel) * s.out_channels;
           }
           const int count = (o1 - o0) * s.out_width;
           if constexpr (Isa::kPairs) {
@@ -506,13 +521,13 @@ struct Forward {
 
   // `count` pixels of h from ring pixel `first` on, around the end of the ring where they reach it.
   static void expand(const Step& s, const T* const* segment, const T* w, const T* bias, T* h, int first,
-                     int ring_pixels, int count, int channels, const T* ahead, int ahead_rows) {
+                     int ring_pixels, int count, int channels, const T* ahead, int64_t ahead_size) {
     // The offsets table goes a tile beyond the ring's end, so only whole runs up to there need a cut.
     Pixels pixels = {segment, 1, s.in_channels, 0, s.in_channels};
     while (count > 0) {
       const int to_end = ceil_div(ring_pixels - first, kTileM) * kTileM;
       const int now = min(count, to_end);
-      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, false, true, 0, ahead, ahead_rows}, now,
+      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, false, true, 0, ahead, ahead_size}, now,
                     channels);
       pixels.offset += int64_t(now) * pixels.pixel_stride;
       first = (first + now) % ring_pixels;
@@ -581,7 +596,8 @@ struct Forward {
       }
       T sum[kPanel] = {};
       panel<Pooled>(a, w, bias,
-                    {sum, nullptr, 0, nullptr, false, true, 0, w + int64_t(kPanel) * s.in_channels, s.in_channels},
+                    {sum, nullptr, 0, nullptr, false, true, 0, w + int64_t(kPanel) * s.in_channels,
+                     int64_t(kPanel) * s.in_channels},
                     pixels, channels);
       for (int i = 0; i < channels; ++i) y[i] = sum[i] / T(pixels);
     }
