@@ -1,4 +1,5 @@
 // Python bindings of what is not a tensor operation: the kernel table, CPU features, the peak, the build report.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,9 @@
 #include "cpu/network.h"
 
 namespace py = pybind11;
+
+// torch's stable C interface, whose headers pybind11's refuse: an at::Tensor's address and where to put its data's.
+extern "C" int32_t aoti_torch_get_data_ptr(void* const* tensor, void** data);
 
 namespace mnv2_fused {
 namespace {
@@ -76,13 +80,13 @@ class Watch {
         will_read_dict(dicts_.back());
       }
     }
-    for (const py::list* tensors : {&parameters, &buffers}) {
-      for (const py::handle tensor : *tensors) {
-        tensors_.push_back(tensor.ptr());
-        versions_.push_back(version_of(tensor.ptr()));
+    for (const py::list* list : {&parameters, &buffers}) {
+      for (const py::handle tensor : *list) {
+        PyObject* const o = tensor.ptr();
         // module.to() keeps a parameter and moves it to other memory; a buffer it replaces.
-        if (tensors == &parameters) addresses_.push_back(address_of(tensor.ptr()));
-        will_read_tensor(tensor.ptr());
+        tensors_.push_back({o, impl_of(o), version_of(o), list == &parameters ? address_of(o) : 0});
+        direct_ = direct_ && tensors_.back().impl == reinterpret_cast<void*>(attribute(o, "_cdata"));
+        will_read_tensor(tensors_.back());
       }
     }
     std::sort(lines_.begin(), lines_.end());
@@ -97,11 +101,8 @@ class Watch {
       if (!same(dict)) return false;
       dict.tag = tag;  // model.eval() once more, say: written to, but with what was there
     }
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      if (versions_[i] < 0 || version_of(tensors_[i]) != versions_[i]) return false;
-    }
-    for (size_t i = 0; i < addresses_.size(); ++i) {
-      if (address_of(tensors_[i]) != addresses_[i]) return false;
+    for (const Tensor& tensor : tensors_) {
+      if (tensor.version < 0 || !(direct_ ? same_directly(tensor) : same(tensor))) return false;
     }
     return true;
   }
@@ -133,16 +134,48 @@ class Watch {
 #endif
   }
 
-  // -1 for an inference tensor, which counts no versions.
-  static long long version_of(PyObject* tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("_version");
-    return as_integer(PyObject_GetAttr(tensor, name));
+  struct Tensor {
+    PyObject* object;
+    void* impl;
+    long long version, address;  // -1: an inference tensor, which counts no versions; 0: not compared
+  };
+
+  static bool same(const Tensor& t) {
+    return version_of(t.object) == t.version && (!t.address || address_of(t.object) == t.address);
   }
+
+  // The same without going through Python: what torch.Tensor's object holds is an at::Tensor, a pointer, which torch's
+  // own functions take. Only where both are found to be so.
+  static bool same_directly(const Tensor& t) {
+    if (impl_of(t.object) != t.impl) return false;
+    try {
+      if (version_function()(&t.impl) != t.version) return false;
+    } catch (...) {
+      return false;  // became an inference tensor
+    }
+    void* data = nullptr;
+    return !t.address ||
+           (aoti_torch_get_data_ptr(&t.impl, &data) == 0 && reinterpret_cast<long long>(data) == t.address);
+  }
+
+  // at::TensorBase::_version() const; null in a torch that has none.
+  using VersionFunction = int64_t (*)(void* const* tensor);
+  static VersionFunction version_function() {
+    static const auto function =
+        reinterpret_cast<VersionFunction>(dlsym(RTLD_DEFAULT, "_ZNK2at10TensorBase8_versionEv"));
+    return function;
+  }
+
+  static void* impl_of(PyObject* tensor) { return reinterpret_cast<void* const*>(tensor + 1)[0]; }
+
+  static long long version_of(PyObject* tensor) { return attribute(tensor, "_version"); }
 
   static long long address_of(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
     return as_integer(PyObject_CallMethodNoArgs(tensor, name));
   }
+
+  static long long attribute(PyObject* o, const char* name) { return as_integer(PyObject_GetAttrString(o, name)); }
 
   static long long as_integer(PyObject* number) {
     const long long value = number ? PyLong_AsLongLong(number) : -1;
@@ -176,24 +209,23 @@ class Watch {
     if (object->ma_values) will_read(object->ma_values, kLine + entries);
   }
 
-  // The object with what Python keeps before it, its at::TensorImpl, and what that points to: the storage, the counter
-  // of versions.
-  void will_read_tensor(PyObject* o) {
-    will_read(reinterpret_cast<const char*>(o) - kLine / 2, kLine / 2 + 6 * sizeof(void*));
-    const long long impl = as_integer(PyObject_GetAttrString(o, "_cdata"));
-    if (impl <= 0) return;
-    const auto* words = reinterpret_cast<const uintptr_t*>(impl);
-    will_read(words, kImplBytes);
+  // The object, its at::TensorImpl, and what that points to: the storage, the counter of versions.
+  void will_read_tensor(const Tensor& t) {
+    will_read(t.object, sizeof(PyObject) + sizeof(void*));
+    if (!direct_) return;
+    will_read(t.impl, t.address ? 192 : 64);
+    const auto* words = static_cast<const uintptr_t*>(t.impl);
     for (size_t i = 1; i < 8; ++i) {
       if (words[i] > (1 << 20) && words[i] % sizeof(void*) == 0) will_read(reinterpret_cast<const void*>(words[i]), 32);
     }
   }
 
-  static constexpr size_t kLine = 64, kImplBytes = 192;
+  static constexpr size_t kLine = 64;
 
   std::vector<Dict> dicts_;
-  std::vector<PyObject*> values_, tensors_;
-  std::vector<long long> versions_, addresses_;
+  std::vector<PyObject*> values_;
+  std::vector<Tensor> tensors_;
+  bool direct_ = version_function() != nullptr;
   std::vector<uintptr_t> lines_;
 };
 

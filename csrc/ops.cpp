@@ -5,6 +5,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <deque>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -51,6 +54,12 @@ Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::
 struct Plan {
   const Kernel* kernel;
   std::vector<Layer> layers;
+
+  int64_t packed_size() const {
+    int64_t size = 0;
+    for (const Layer& layer : layers) size += mnv2_fused::packed_size(layer, kernel->tiles);
+    return size;
+  }
 };
 
 Plan parse(const std::vector<int64_t>& plan) {
@@ -104,23 +113,53 @@ Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryF
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
 
+// A plan and its schedule for one image size. The last few are kept: to make them anew takes 20 us a call.
+struct Prepared {
+  std::vector<int64_t> integers;
+  int64_t height, width;
+  Plan plan;
+  Program program;
+};
+
+std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, const Tensor& x) {
+  static std::mutex mutex;
+  static std::deque<std::shared_ptr<const Prepared>> recent;
+  constexpr size_t kKept = 16;
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
+  const int64_t height = x.size(2), width = x.size(3);
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& p : recent) {
+      if (p->height == height && p->width == width && p->integers == integers) return p;
+    }
+  }
+  Plan plan = parse(integers);
+  STD_TORCH_CHECK(height > 0 && width > 0 && height < (1 << 30) && width < (1 << 30),
+                  "x must have a height and a width of at least 1, got ", shape_of(x));
+  Program program = schedule(*plan.kernel, plan.layers, height, width);
+  STD_TORCH_CHECK(program.out_height > 0 && program.out_width > 0, "x of shape ", shape_of(x),
+                  " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
+  const auto made =
+      std::make_shared<const Prepared>(Prepared{integers, height, width, std::move(plan), std::move(program)});
+  const std::lock_guard<std::mutex> lock(mutex);
+  recent.push_front(made);
+  if (recent.size() > kKept) recent.pop_back();
+  return made;
+}
+
 void on_torch_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-Tensor execute(const Plan& plan, const Tensor& input, const void* packed) {
-  STD_TORCH_CHECK(input.dim() == 4, "x must be [N, C, H, W], got ", shape_of(input));
+Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed) {
+  const Plan& plan = prepared.plan;
+  const Program& program = prepared.program;
   STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
                   " channels, got ", shape_of(input));
   STD_TORCH_CHECK(dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype), ", which ",
                   plan.kernel->name, " computes in");
-  STD_TORCH_CHECK(input.size(2) > 0 && input.size(3) > 0 && input.size(2) < (1 << 30) && input.size(3) < (1 << 30),
-                  "x must have a height and a width of at least 1, got ", shape_of(input));
   const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
   const Tensor x = any_strides ? input : torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  const Program program = schedule(*plan.kernel, plan.layers, x.size(2), x.size(3));
-  STD_TORCH_CHECK(program.out_height > 0 && program.out_width > 0, "x of shape ", shape_of(input),
-                  " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
   const Tensor y = program.flat ? new_tensor({x.size(0), program.out_channels}, x, MemoryFormat::Contiguous)
                                 : new_tensor({x.size(0), program.out_channels, program.out_height, program.out_width},
                                              x, MemoryFormat::ChannelsLast);
@@ -143,17 +182,17 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   STD_TORCH_CHECK(dtype_of(weights, "weights") == plan.kernel->dtype, "weights must be ",
                   dtype_name(plan.kernel->dtype));
   const int64_t element = int64_t(weights.element_size());
-  int64_t size = 0, packed_total = 0;
+  int64_t size = 0;
   for (const Layer& layer : plan.layers) {
     for (const int64_t n : weight_sizes(layer)) size += n;
-    packed_total += packed_size(layer, plan.kernel->tiles);
   }
   STD_TORCH_CHECK(weights.numel() == size, "weights must have ", size, " elements for this plan, got ",
                   weights.numel());
-  const Tensor packed = new_tensor({packed_total}, weights, MemoryFormat::Contiguous);
+  const int64_t packed_size = plan.packed_size();
+  const Tensor packed = new_tensor({packed_size}, weights, MemoryFormat::Contiguous);
   const char* from = static_cast<const char*>(weights.data_ptr());
   char* to = static_cast<char*>(packed.data_ptr());
-  advise_huge_pages(to, size_t(packed_total * element));
+  advise_huge_pages(to, size_t(packed_size * element));
   for (const Layer& layer : plan.layers) {
     std::vector<const void*> pointers;
     for (const int64_t n : weight_sizes(layer)) {
@@ -161,20 +200,20 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
       from += n * element;
     }
     pack(layer, plan.kernel->tiles, plan.kernel->dtype, pointers.data(), to);
-    to += packed_size(layer, plan.kernel->tiles) * element;
+    to += mnv2_fused::packed_size(layer, plan.kernel->tiles) * element;
   }
   return packed;
 }
 
 Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
-  const Plan plan = parse(integers);
-  int64_t size = 0;
-  for (const Layer& layer : plan.layers) size += packed_size(layer, plan.kernel->tiles);
+  const auto prepared = prepare(integers, x);
+  const Plan& plan = prepared->plan;
+  const int64_t size = plan.packed_size();
   STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == size && packed.is_contiguous() && packed.is_cpu() &&
                       dtype_of(packed, "packed") == plan.kernel->dtype,
                   "packed must be what mnv2_fused::pack returned for this plan: ", size, " elements of ",
                   dtype_name(plan.kernel->dtype));
-  return execute(plan, x, packed.data_ptr());
+  return execute(*prepared, x, packed.data_ptr());
 }
 
 Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_weight,
@@ -203,14 +242,15 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
   const Kernel& kernel = select_kernel(dtype);
   int64_t index = 0;
   while (kernels()[index] != &kernel) ++index;
-  const Plan plan = parse({index, Layer::kBlock, in, hidden, out, stride, dilation, padding[0], padding[1], padding[2],
-                           padding[3], expand_weight.has_value(), residual, project_relu6});
-  const Layer& layer = plan.layers[0];
+  const auto prepared = prepare({index, Layer::kBlock, in, hidden, out, stride, dilation, padding[0], padding[1],
+                                 padding[2], padding[3], expand_weight.has_value(), residual, project_relu6},
+                                x);
+  const Layer& layer = prepared->plan.layers[0];
   const Tensor packed = new_tensor({packed_size(layer, kernel.tiles)}, x, MemoryFormat::Contiguous);
   std::vector<const void*> pointers;
   for (const Tensor& weight : weights) pointers.push_back(weight.data_ptr());
   pack(layer, kernel.tiles, dtype, pointers.data(), packed.data_ptr());
-  return execute(plan, x, packed.data_ptr());
+  return execute(*prepared, x, packed.data_ptr());
 }
 
 }  // namespace

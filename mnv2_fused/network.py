@@ -13,7 +13,11 @@ from operator import attrgetter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn.modules import module as _module
 from torch.utils.hooks import RemovableHandle
 
 from . import _C, ops
@@ -220,15 +224,15 @@ class FusedChain:
         return None if reason else _NETWORK(x, packing.packed, packing.plan)
 
     def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_compiling() or _is_tracing():
             return "the model is being traced", None
-        if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or x.device.type != "cpu" or 0 in x.shape[1:]:
+        if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or not x.is_cpu or 0 in x.shape[1:]:
             return "the input is no plain CPU tensor [N, C, H, W] with pixels", None
-        if torch.is_autocast_enabled("cpu"):
+        if is_autocast_enabled("cpu"):
             return "autocast asks for another dtype", None
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return "a function transform or forward-mode derivatives are at work", None
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             if any(map(_REQUIRES_GRAD, root.parameters())):
                 self._packing = None  # what follows is training, and fused optimizers count no versions
                 return "gradients are asked for", None
@@ -250,5 +254,4 @@ class FusedChain:
 
 
 def _global_hooks() -> bool:
-    hooks = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)

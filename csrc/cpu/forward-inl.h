@@ -16,7 +16,7 @@ struct Forward {
   static constexpr int kTileM = Isa::kTileM;  // pixels of a matrix tile
   static constexpr int kTileN = Isa::kTileN;  // vectors of output channels of a matrix tile
   static constexpr int kPanel = kTileN * kLanes;
-  static constexpr int kLine = 64 / sizeof(T);  // elements of a cache line
+  static constexpr int kLine = 64 / sizeof(T);             // elements of a cache line
   static constexpr int kRows = Isa::kDepthwiseRows;        // output rows and
   static constexpr int kColumns = Isa::kDepthwiseColumns;  // columns of a depthwise tile
   static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, Isa::kPairs};
