@@ -51,6 +51,7 @@ struct Forward {
     // misses, and it would wait.
     int64_t ahead_step = 0;
   };
+  static constexpr int64_t kNextLayer = (64 << 10) / sizeof(T);  // of its weights, all of them in the early layers
 
   template <int M, int N>
   static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Outputs& out) {
@@ -148,6 +149,7 @@ struct Forward {
       constexpr int kPointers = (M + 2) / 3;
       const int64_t stride = pixels.pixel_stride;
       const T* p[kPointers];
+      const T* ahead = out.ahead;
       MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[0] + pixels.offset + 3 * i * stride;
       V sum[M][3];
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
@@ -163,6 +165,8 @@ struct Forward {
         }
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += 2;
         w += 3 * kLanes;
+        __builtin_prefetch(ahead);
+        ahead += out.ahead_step*2;
       }
       V acc[M][2];
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
@@ -456,6 +460,11 @@ struct Forward {
             const T* ahead = !s.whole ? nullptr
                              : more   ? packed + s.expand_weight + int64_t(c + kPanel) * s.in_channels
                                       : packed + s.project_weight + int64_t(c0) * min(kPanel, s.out_channels);
+            if (s.whole) {
+              const T* dw = packed + s.depthwise_weight + int64_t(c) * 9;
+              for (int i = 0; i < channels * 9; i += kLine) __builtin_prefetch(dw + i);
+              for (int i = 0; i < channels; i += kLine) __builtin_prefetch(packed + s.depthwise_bias + c + i);
+            }
             expand(s, segment, packed + s.expand_weight + int64_t(c) * s.in_channels, packed + s.expand_bias + c, h,
                    h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead,
                    int64_t(kPanel) * (more ? s.in_channels : c1 - c0));
@@ -501,9 +510,9 @@ struct Forward {
           } else if (s.whole && c1 < s.hidden_channels) {
             out.ahead = packed + s.expand_weight + int64_t(c1) * s.in_channels;
             out.ahead_size = int64_t(kPanel) * s.in_channels;
-          } else if (s.whole) {
+          } else if (o1 == row1) {
             out.ahead = packed + s.project_bias + s.out_channels;  // the next layer's weights follow
-            out.ahead_size = int64_t(kPanel) * s.out_channels;
+            out.ahead_size = kNextLayer;
           }
           const int count = (o1 - o0) * s.out_width;
           if constexpr (Isa::kPairs) {
