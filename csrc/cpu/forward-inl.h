@@ -457,17 +457,23 @@ struct Forward {
           if (s.source == Step::kExpand) {
             segment[0] = x + int64_t(h0) * s.width * s.in_channels;
             const bool more = c + kPanel < c1;
-            const T* ahead = !s.whole ? nullptr
-                             : more   ? packed + s.expand_weight + int64_t(c + kPanel) * s.in_channels
-                                      : packed + s.project_weight + int64_t(c0) * min(kPanel, s.out_channels);
+            const T* ahead = nullptr;
+            int64_t ahead_size = 0;
+            if (s.whole) {
+              ahead = more ? packed + s.expand_weight + int64_t(c + kPanel) * s.in_channels
+                           : packed + s.project_weight + int64_t(c0) * min(kPanel, s.out_channels);
+              ahead_size = int64_t(kPanel) * (more ? s.in_channels : c1 - c0);
+            } else if (!more) {  // what the next stripe reads
+              ahead = segment[0] + int64_t(h1 - h0) * s.width * s.in_channels;
+              ahead_size = int64_t(min(s.stripe * s.stride, s.height - h1)) * s.width * s.in_channels;
+            }
             if (s.whole) {
               const T* dw = packed + s.depthwise_weight + int64_t(c) * 9;
               for (int i = 0; i < channels * 9; i += kLine) __builtin_prefetch(dw + i);
               for (int i = 0; i < channels; i += kLine) __builtin_prefetch(packed + s.depthwise_bias + c + i);
             }
             expand(s, segment, packed + s.expand_weight + int64_t(c) * s.in_channels, packed + s.expand_bias + c, h,
-                   h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead,
-                   int64_t(kPanel) * (more ? s.in_channels : c1 - c0));
+                   h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead, ahead_size);
           } else if (s.source == Step::kCopy) {
             for (int row = h0; row < h1; ++row) copy_row(s, x, h, row, c, channels);
           }
