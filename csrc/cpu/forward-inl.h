@@ -314,20 +314,15 @@ struct Forward {
     filter_columns<S, D, R, kColumns>(t, f, rows, 0, column_count);
   }
 
-  template <int S, bool D>
+  // Rows in tiles of R, then in ever lower ones.
+  template <int S, bool D, int R = D ? kRows : 1>
   static void filter_stripe(Filter f, const T* const* rows, int row_count, int column_count) {
-    T* d = f.d;
-    int r = 0;
-    if constexpr (D && kRows > 1) {
-      for (; r + kRows <= row_count; r += kRows) {
-        f.d = d + r * f.d_row;
-        filter_rows<S, D, kRows>(f, rows + r * S, column_count);
-      }
+    for (; row_count >= R; row_count -= R) {
+      filter_rows<S, D, R>(f, rows, column_count);
+      f.d += R * f.d_row;
+      rows += R * S;
     }
-    for (; r < row_count; ++r) {
-      f.d = d + r * f.d_row;
-      filter_rows<S, D, 1>(f, rows + r * S, column_count);
-    }
+    if constexpr (R > 1) filter_stripe<S, D, R / 2>(f, rows, row_count, column_count);
   }
 
   static void depthwise(const Filter& f, int stride, const T* const* rows, int row_count, int column_count) {
