@@ -53,6 +53,11 @@ struct Forward {
   };
   static constexpr int64_t kNextLayer = (64 << 10) / sizeof(T);  // of its weights, all of them in the early layers
 
+  template <int Value>
+  struct Count {
+    static constexpr int value = Value;
+  };
+
   template <int M, int N>
   static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Outputs& out) {
     constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
@@ -61,20 +66,25 @@ struct Forward {
     for (int s = 0; s < pixels.segments; ++s) {
       const T* p[kPointers];
       MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[s] + pixels.offset + 3 * i * stride;
-      for (int k = pixels.k; k > 0; --k) {
+      const auto steps = [&](auto count) __attribute__((always_inline)) {
         // Without this the compiler keeps a pointer for every pixel and spills them.
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i) asm volatile("" : "+r"(p[i]));
-        V b[N];
-        MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::load(w + n * kLanes);
-        MNV2_UNROLL for (int m = 0; m < M; ++m) {
-          const V a = Isa::broadcast_load(p[m / 3] + (m % 3) * stride);
-          MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::fmadd(a, b[n], acc[m][n]);
+        MNV2_UNROLL for (int j = 0; j < count.value; ++j) {
+          V b[N];
+          MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::load(w + n * kLanes);
+          MNV2_UNROLL for (int m = 0; m < M; ++m) {
+            const V a = Isa::broadcast_load(p[m / 3] + (m % 3) * stride + j);
+            MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::fmadd(a, b[n], acc[m][n]);
+          }
+          w += N * kLanes;
+          __builtin_prefetch(ahead);
+          ahead += ahead_step;
         }
-        MNV2_UNROLL for (int i = 0; i < kPointers; ++i)++ p[i];
-        w += N * kLanes;
-        __builtin_prefetch(ahead);
-        ahead += ahead_step;
-      }
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += count.value;
+      };
+      int k = pixels.k;
+      for (; k >= 2; k -= 2) steps(Count<2>());  // 3% faster than one by one; four are no better than two
+      if (k) steps(Count<1>());
     }
   }
 
@@ -166,7 +176,7 @@ struct Forward {
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += 2;
         w += 3 * kLanes;
         __builtin_prefetch(ahead);
-        ahead += out.ahead_step*2;
+        ahead += out.ahead_step * 2;
       }
       V acc[M][2];
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
