@@ -72,7 +72,9 @@ double fma_peak(const std::string& name, double seconds) {
 // Everything is borrowed: the Python side keeps it alive, where the garbage collector sees it.
 class Watch {
  public:
-  Watch(const py::list& dicts, const py::list& sized, const py::list& parameters, const py::list& buffers) {
+  // `plain`: only what every Python and every torch can be asked, as where their insides are not as expected.
+  Watch(const py::list& dicts, const py::list& sized, const py::list& parameters, const py::list& buffers, bool plain)
+      : tags_(!plain), direct_(!plain && version_function()) {
     for (const py::list* list : {&dicts, &sized}) {
       for (const py::handle dict : *list) {
         dicts_.push_back({dict.ptr(), PyDict_Size(dict.ptr()), tag_of(dict.ptr()), values_.size(), list == &dicts});
@@ -85,7 +87,8 @@ class Watch {
         PyObject* const o = tensor.ptr();
         // module.to() keeps a parameter and moves it to other memory; a buffer it replaces.
         tensors_.push_back({o, impl_of(o), version_of(o), list == &parameters ? address_of(o) : 0});
-        direct_ = direct_ && tensors_.back().impl == reinterpret_cast<void*>(attribute(o, "_cdata"));
+        const long long cdata = as_integer(PyObject_GetAttrString(o, "_cdata"));
+        direct_ = direct_ && reinterpret_cast<long long>(tensors_.back().impl) == cdata;
         will_read_tensor(tensors_.back());
       }
     }
@@ -126,12 +129,11 @@ class Watch {
 
   // A number that every write to any dictionary sets anew (PEP 509), as long as Python had such a thing.
   static constexpr uint64_t kNoTag = 0;
-  static uint64_t tag_of(PyObject* dict) {
+  uint64_t tag_of(PyObject* dict) const {
 #if PY_VERSION_HEX < 0x030C0000
-    return reinterpret_cast<const PyDictObject*>(dict)->ma_version_tag;
-#else
-    return kNoTag;
+    if (tags_) return reinterpret_cast<const PyDictObject*>(dict)->ma_version_tag;
 #endif
+    return kNoTag;
   }
 
   struct Tensor {
@@ -168,14 +170,15 @@ class Watch {
 
   static void* impl_of(PyObject* tensor) { return reinterpret_cast<void* const*>(tensor + 1)[0]; }
 
-  static long long version_of(PyObject* tensor) { return attribute(tensor, "_version"); }
+  static long long version_of(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    return as_integer(PyObject_GetAttr(tensor, name));
+  }
 
   static long long address_of(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
     return as_integer(PyObject_CallMethodNoArgs(tensor, name));
   }
-
-  static long long attribute(PyObject* o, const char* name) { return as_integer(PyObject_GetAttrString(o, name)); }
 
   static long long as_integer(PyObject* number) {
     const long long value = number ? PyLong_AsLongLong(number) : -1;
@@ -225,7 +228,8 @@ class Watch {
   std::vector<Dict> dicts_;
   std::vector<PyObject*> values_;
   std::vector<Tensor> tensors_;
-  bool direct_ = version_function() != nullptr;
+  const bool tags_;
+  bool direct_;
   std::vector<uintptr_t> lines_;
 };
 
@@ -245,8 +249,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", fma_peak, py::arg("kernel"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
         "Multiply-adds of one thread in registers with a row's vectors, in 10^9 a second.");
   py::class_<Watch>(m, "Watch", "Whether dictionaries hold the same objects, and tensors the same values, as now.")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&>(), py::arg("dicts"),
-           py::arg("sized"), py::arg("parameters"), py::arg("buffers"))
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, bool>(), py::arg("dicts"),
+           py::arg("sized"), py::arg("parameters"), py::arg("buffers"), py::arg("plain") = false)
       .def("unchanged", &Watch::unchanged);
   m.def("build_report", [] {
     py::dict report;

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import mnv2_fused
-from mnv2_fused import InvertedResidual, MobileNetV2, mobilenet_v2
+from mnv2_fused import InvertedResidual, MobileNetV2, mobilenet_v2, network
 from mnv2_fused.mobilenet_v2 import make_divisible
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -547,6 +547,13 @@ CHANGES: tuple[Callable[[MobileNetV2], None], ...] = (
 )  # fmt: skip
 
 
+@pytest.fixture(params=["direct", "plain"])
+def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes are noticed by torch's and Python's insides, and where these are not as known by asking."""
+    monkeypatch.setattr(network._C, "Watch", partial(network._C.Watch, plain=request.param == "plain"))
+
+
+@pytest.mark.usefixtures("watch")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_follows(change: Callable[[MobileNetV2], None]) -> None:
     model, x = settled(), images(2, 32, 32)
@@ -560,6 +567,7 @@ def test_follows(change: Callable[[MobileNetV2], None]) -> None:
         assert error(features, model.forward_features(x)) < TOLERANCE
 
 
+@pytest.mark.usefixtures("watch")
 def test_follows_every_tensor() -> None:
     """Each parameter and statistic in turn, changed in place and put back."""
     model, x = settled(), images(1, 32, 32)
