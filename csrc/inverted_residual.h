@@ -85,6 +85,40 @@ static constexpr bool paired_panel(const Tiles& tiles, int64_t channels, int64_t
   return tiles.pairs && channels > tiles.lanes && channels <= tiles.lanes * 3 / 2 && k % 2 == 0;
 }
 
+// A block in training. Nothing of the expanded size exists beyond a few rows of one panel of hidden channels: every
+// pass goes down an image once for each panel and computes h, d and their gradients anew,
+//
+//     h = relu6(x . We + be)        e's BatchNorm, whose statistics are known from x alone, is folded into We and be
+//     d = depthwise3x3(h; Wd)       raw, since its statistics are what a pass may be asked for
+//     u = scale d + shift           d's BatchNorm
+//     z = relu6(u) . Wp             and for the gradient dz of z
+//     g = (dz . Wp^T) where 0 < u < 6, else 0
+//     dd = p g + q d + r            the gradient through d's BatchNorm, whose coefficients follow from sums of g and g
+//     d gh = what dd gives h back     ge = gh where 0 < h < 6, else 0        dx = ge . We^T
+struct TrainingStep {
+  Step step;  // the geometry; its ring of h is of one panel, its stripe serves all buffers
+  // A ring of rows of dd, with the columns that the taps reach beyond its sides, and d of one stripe, ge of some rows.
+  int d_ring_rows, d_row_length, d_pad_left, chunk_rows;
+  const int32_t* d_pixel_offsets;  // of each pixel in the ring of dd, as Step::pixel_offsets
+  int64_t d_offset, dd_offset, ge_offset, rows_offset, scratch_size;
+};
+
+// Everything a pass reads and adds to, for one image. Panels are those of the hidden channels; hidden channels that do
+// not exist have zeros. What is null is not computed. Accumulators grow from image to image.
+struct TrainingPass {
+  const void *x, *dz;                // [H][W][in_channels], [out H][out W][out_channels]
+  const void *expand, *expand_bias;  // packed as a 1x1 convolution in_channels -> hidden_channels
+  const void* expand_back;           // hidden_channels -> in_channels
+  const void* project_back;          // out_channels -> hidden_channels
+  const void* depthwise;             // packed
+  const void* coefficients;          // [panels][6][panel]: scale, shift, center, p, q, r
+  double *mean, *square;             // of d: [panels * panel]; of the `count` values of images before
+  double count;
+  double* sums;                                                   // [panels][3][panel]: of g, of g (d - center), of ge
+  void *project_gradient, *expand_gradient, *depthwise_gradient;  // [panels][out, in or 9][panel]
+  void* dx;                                                       // [H][W][in_channels], overwritten
+};
+
 // One row of the kernel table. Every pointer is to the row's dtype; sizes and offsets are in elements.
 struct Kernel {
   const char* name;
@@ -104,6 +138,13 @@ struct Kernel {
   void (*pointwise)(const Step&, const void* packed, const void* x, void* y, int panel0, int panel1);
   void (*pool)(const Step&, const void* x, void* y);
   void (*linear)(const Step&, const void* packed, const void* x, void* y, int64_t rows, int panel0, int panel1);
+
+  // One image of a training pass: moments of d where `mean` is given, gradients where `dz` is.
+  void (*train)(const TrainingStep&, const TrainingPass&, void* scratch, const void* zeros);
+  // Mean [panels * panel] and centred products [panels * panel][panels * panel] (those at or right of the diagonal
+  // panel) of the channels of `pixels` pixels, added to those of the `count` before.
+  void (*moments)(const void* x, int64_t pixels, int channels, double count, double* mean, double* products,
+                  void* scratch);
 
   // Independent multiply-adds in registers, for measuring the peak; returns how many multiply-adds it did.
   double (*fma_loop)(int64_t iterations);

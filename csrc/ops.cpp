@@ -11,6 +11,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/network.h"
@@ -253,6 +254,136 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
   return execute(*prepared, x, packed.data_ptr());
 }
 
+// --------------------------------------------------------------------------------------------------- training
+
+Tensor doubles(const std::vector<int64_t>& shape, const Tensor& like) {
+  return torch::stable::empty(shape, ScalarType::Double, std::nullopt, like.device(), std::nullopt, std::nullopt);
+}
+
+double* data_of(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
+
+// An expanding or plain block whose output is not asked about; checked as every plan is.
+struct TrainingBlock {
+  const Kernel* kernel;
+  Layer layer;
+  Tensor x;
+  int64_t out_height, out_width;
+
+  TrainingBlock(const Tensor& input, bool expand, int64_t hidden, int64_t out, int64_t stride, int64_t dilation,
+                const std::vector<int64_t>& padding)
+      : kernel(&select_kernel(dtype_of(input, "x"))) {
+    STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(),
+                    " integers");
+    STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu(), "x must be [N, C, H, W] on the CPU, got ", shape_of(input));
+    int64_t index = 0;
+    while (kernels()[index] != kernel) ++index;
+    layer = prepare({index, Layer::kBlock, input.size(1), hidden, out, stride, dilation, padding[0], padding[1],
+                     padding[2], padding[3], expand, 0, 0},
+                    input)
+                ->plan.layers[0];
+    x = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+    out_height = out_extent(x.size(2), padding[2] + padding[3], stride, dilation);
+    out_width = out_extent(x.size(3), padding[0] + padding[1], stride, dilation);
+  }
+
+  BlockPass pass() const {
+    BlockPass p{};
+    p.x = x.data_ptr();
+    p.batch = x.size(0);
+    return p;
+  }
+  void run(const BlockPass& pass) const {
+    if (pass.batch == 0) return;
+    mnv2_fused::run(*kernel, layer, x.size(2), x.size(3), pass, int(torch::stable::get_num_threads()),
+                    on_torch_threads);
+  }
+};
+
+std::tuple<Tensor, Tensor> moments_of(const Tensor& input) {
+  STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.numel() > 0,
+                  "x must be [N, C, H, W] on the CPU with at least one element, got ", shape_of(input));
+  const Kernel& kernel = select_kernel(dtype_of(input, "x"));
+  const Tensor x = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const int64_t channels = x.size(1);
+  const Tensor mean = doubles({channels}, x), products = doubles({channels, channels}, x);
+  moments(kernel, x.data_ptr(), x.numel() / channels, channels, data_of(mean), data_of(products),
+          int(torch::stable::get_num_threads()), on_torch_threads);
+  return {mean, products};
+}
+
+std::tuple<Tensor, Tensor> filter_moments(const Tensor& x, const std::optional<Tensor>& expand_weight,
+                                          const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight,
+                                          int64_t stride, int64_t dilation, std::vector<int64_t> padding) {
+  const int64_t hidden = depthwise_weight.size(0);
+  const TrainingBlock block(x, expand_weight.has_value(), hidden, 1, stride, dilation, padding);
+  STD_TORCH_CHECK(x.size(0) > 0, "x must have at least one image, got ", shape_of(x));
+  BlockPass pass = block.pass();
+  std::optional<Tensor> weight, bias;
+  if (expand_weight) {
+    weight = weight_of(*expand_weight, "expand_weight", x, {hidden, x.size(1), 1, 1});
+    bias = weight_of(expand_bias.value(), "expand_bias", x, {hidden});
+    pass.expand_weight = weight->data_ptr();
+    pass.expand_bias = bias->data_ptr();
+  }
+  const Tensor depthwise = weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
+  pass.depthwise_weight = depthwise.data_ptr();
+  const Tensor mean = doubles({hidden}, x), square = doubles({hidden}, x);
+  pass.mean = data_of(mean);
+  pass.square = data_of(square);
+  block.run(pass);
+  return {mean, square};
+}
+
+// What of the results is wanted: bits, in their order.
+enum Wanted : int64_t { kDx = 1, kExpandGradient = 2, kDepthwiseGradient = 4, kProjectGradient = 8 };
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
+    const Tensor& dz, const Tensor& x, const std::optional<Tensor>& expand_weight,
+    const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight, const Tensor& project_weight,
+    const Tensor& coefficients, int64_t stride, int64_t dilation, std::vector<int64_t> padding, int64_t wanted) {
+  const int64_t in = x.size(1), hidden = depthwise_weight.size(0), out = project_weight.size(0);
+  const TrainingBlock block(x, expand_weight.has_value(), hidden, out, stride, dilation, padding);
+  const Tensor gradient = torch::stable::contiguous(
+      weight_of(dz, "dz", x, {x.size(0), out, block.out_height, block.out_width}), MemoryFormat::ChannelsLast);
+  BlockPass pass = block.pass();
+  pass.dz = gradient.data_ptr();
+  std::optional<Tensor> weight, bias;
+  if (expand_weight) {
+    weight = weight_of(*expand_weight, "expand_weight", x, {hidden, in, 1, 1});
+    bias = weight_of(expand_bias.value(), "expand_bias", x, {hidden});
+    pass.expand_weight = weight->data_ptr();
+    pass.expand_bias = bias->data_ptr();
+  }
+  const Tensor depthwise = weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
+  const Tensor project = weight_of(project_weight, "project_weight", x, {out, hidden, 1, 1});
+  const Tensor dense = weight_of(coefficients, "coefficients", x, {6, hidden});
+  pass.depthwise_weight = depthwise.data_ptr();
+  pass.project_weight = project.data_ptr();
+  pass.coefficients = dense.data_ptr();
+
+  const auto want = [&](int64_t bit, int64_t rows) { return doubles({wanted & bit ? hidden : 0, rows}, x); };
+  const bool any = x.size(0) > 0;
+  const Tensor dx = wanted & kDx ? new_tensor({x.size(0), in, x.size(2), x.size(3)}, x, MemoryFormat::ChannelsLast)
+                                 : new_tensor({0}, x, MemoryFormat::Contiguous);
+  const Tensor expand_gradient = want(expand_weight ? int64_t(kExpandGradient) : 0, in);
+  const Tensor depthwise_gradient = want(kDepthwiseGradient, 9), project_gradient = want(kProjectGradient, out);
+  const Tensor sums = doubles({3, hidden}, x);
+  if (!any) {
+    for (const Tensor* t : {&expand_gradient, &depthwise_gradient, &project_gradient, &sums}) {
+      torch::stable::zero_(const_cast<Tensor&>(*t));
+    }
+    return {dx, expand_gradient, depthwise_gradient, project_gradient, sums};
+  }
+  const auto target = [](const Tensor& t) { return t.numel() ? data_of(t) : nullptr; };
+  pass.dx = wanted & kDx ? dx.data_ptr() : nullptr;
+  pass.expand_gradient = target(expand_gradient);
+  pass.depthwise_gradient = target(depthwise_gradient);
+  pass.project_gradient = target(project_gradient);
+  pass.sums = data_of(sums);
+  block.run(pass);
+  return {dx, expand_gradient, depthwise_gradient, project_gradient, sums};
+}
+
 }  // namespace
 }  // namespace mnv2_fused
 
@@ -263,10 +394,21 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "bool residual, bool project_relu6) -> Tensor");
   m.def("pack(Tensor weights, int[] plan) -> Tensor");
   m.def("network(Tensor x, Tensor packed, int[] plan) -> Tensor");
+  m.def("moments(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "filter_moments(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, int stride, "
+      "int dilation, int[] padding) -> (Tensor, Tensor)");
+  m.def(
+      "block_gradients(Tensor dz, Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
+      "Tensor project_weight, Tensor coefficients, int stride, int dilation, int[] padding, int wanted) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("inverted_residual", TORCH_BOX(&mnv2_fused::inverted_residual));
   m.impl("pack", TORCH_BOX(&mnv2_fused::pack_plan));
   m.impl("network", TORCH_BOX(&mnv2_fused::network));
+  m.impl("moments", TORCH_BOX(&mnv2_fused::moments_of));
+  m.impl("filter_moments", TORCH_BOX(&mnv2_fused::filter_moments));
+  m.impl("block_gradients", TORCH_BOX(&mnv2_fused::block_gradients));
 }

@@ -7,6 +7,7 @@ namespace mnv2_fused::avx2 {
 namespace {
 
 #include "forward-inl.h"
+#include "training-inl.h"
 
 struct Float32 {
   using T = float;
@@ -33,6 +34,12 @@ struct Float32 {
   static V broadcast_load(const T* p) { return _mm256_broadcast_ss(p); }
   static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  // v where low < u < high, else 0.
+  static V between(V u, V low, V high, V v) {
+    return _mm256_and_ps(_mm256_and_ps(_mm256_cmp_ps(u, low, _CMP_GT_OQ), _mm256_cmp_ps(u, high, _CMP_LT_OQ)), v);
+  }
   // Both return their second operand when either is NaN: a NaN stays one as long as it comes second.
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static V min(V a, V b) { return _mm256_min_ps(a, b); }
@@ -43,6 +50,6 @@ const char* const kFeatures[] = {"avx2", "fma", nullptr};
 }  // namespace
 
 extern const Kernel kernel_f32;
-const Kernel kernel_f32 = Forward<Float32>::kernel("avx2_f32", Dtype::kFloat32, kFeatures);
+const Kernel kernel_f32 = Training<Float32>::kernel("avx2_f32", Dtype::kFloat32, kFeatures);
 
 }  // namespace mnv2_fused::avx2

@@ -11,6 +11,7 @@ namespace mnv2_fused::avx512 {
 namespace {
 
 #include "forward-inl.h"
+#include "training-inl.h"
 
 struct Float32 {
   using T = float;
@@ -43,6 +44,13 @@ struct Float32 {
   }
   static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  // v where low < u < high, else 0.
+  static V between(V u, V low, V high, V v) {
+    const __mmask16 above = _mm512_cmp_ps_mask(u, low, _CMP_GT_OQ);
+    return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, u, high, _CMP_LT_OQ), v);
+  }
   // Both return their second operand when either is NaN: a NaN stays one as long as it comes second.
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static V min(V a, V b) { return _mm512_min_ps(a, b); }
@@ -53,6 +61,6 @@ const char* const kFeatures[] = {"avx512f", "avx512bw", "avx512dq", "avx512vl", 
 }  // namespace
 
 extern const Kernel kernel_f32;
-const Kernel kernel_f32 = Forward<Float32>::kernel("avx512_f32", Dtype::kFloat32, kFeatures);
+const Kernel kernel_f32 = Training<Float32>::kernel("avx512_f32", Dtype::kFloat32, kFeatures);
 
 }  // namespace mnv2_fused::avx512

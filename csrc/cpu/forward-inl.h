@@ -50,6 +50,15 @@ struct Forward {
     // They are fetched along the way, so far for every k of a tile: all at once they would fill the core's queue of
     // misses, and it would wait.
     int64_t ahead_step = 0;
+
+    MNV2_INLINE void advance(int pixels) {
+      if (offset) {
+        offset += pixels;
+      } else {
+        y += pixels * pixel_stride;
+        if (residual) residual += pixels * pixel_stride;
+      }
+    }
   };
   static constexpr int64_t kNextLayer = (64 << 10) / sizeof(T);  // of its weights, all of them in the early layers
 
@@ -58,8 +67,8 @@ struct Forward {
     static constexpr int value = Value;
   };
 
-  template <int M, int N>
-  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Outputs& out) {
+  template <int M, int N, class Out>
+  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Out& out) {
     constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
     const int64_t stride = pixels.pixel_stride, ahead_step = out.ahead_step;
     const T* ahead = out.ahead;
@@ -203,9 +212,8 @@ struct Forward {
   };
 
   // Kind::tile<m, n> for run-time m <= M and n <= N.
-  using TileFunction = void (*)(const Pixels&, const T*, const T*, const Outputs&);
   template <class Kind, int M, int N>
-  static TileFunction tile_function(int m, int n) {
+  static decltype(&Kind::template tile<M, N>) tile_function(int m, int n) {
     if constexpr (N > 1) {
       if (n < N) return tile_function<Kind, M, N - 1>(m, n);
     }
@@ -216,8 +224,8 @@ struct Forward {
   }
 
   // One panel of output channels for all pixels, M at a time.
-  template <class Kind, int M = kTileM, int N = kTileN>
-  static void panel(Pixels pixels, const T* w, const T* bias, Outputs out, int pixel_count, int channels) {
+  template <class Kind, int M = kTileM, int N = kTileN, class Out = Outputs>
+  static void panel(Pixels pixels, const T* w, const T* bias, Out out, int pixel_count, int channels) {
     const int n = N == 1 ? 1 : ceil_div(channels, kLanes);
     out.tail = channels % kLanes;
     const int full = pixel_count / M * M;
@@ -228,23 +236,14 @@ struct Forward {
     } else {
       out.ahead = w;
     }
-    const TileFunction whole = tile_function<Kind, M, N>(M, n);
+    const auto whole = tile_function<Kind, M, N>(M, n);
     for (int p = 0; p < full; p += M) {
       whole(pixels, w, bias, out);
-      advance(pixels, out, M);
+      pixels.offset += M * pixels.pixel_stride;
+      out.advance(M);
       out.ahead += steps * out.ahead_step;
     }
     if (full < pixel_count) tile_function<Kind, M, N>(pixel_count - full, n)(pixels, w, bias, out);
-  }
-
-  static MNV2_INLINE void advance(Pixels& pixels, Outputs& out, int count) {
-    pixels.offset += count * pixels.pixel_stride;
-    if (out.offset) {
-      out.offset += count;
-    } else {
-      out.y += count * out.pixel_stride;
-      if (out.residual) out.residual += count * out.pixel_stride;
-    }
   }
 
   // ------------------------------------------------------------------------------------------- depthwise tile
@@ -262,9 +261,17 @@ struct Forward {
     V w[9], bias;
   };
 
+  // What becomes of a filtered value: d itself, or relu6(d).
+  struct Raw {
+    static V of(V v) { return v; }
+  };
+  struct Activated {
+    static V of(V v) { return relu6(v); }
+  };
+
   // R x C outputs of one vector of channels; row i of their inputs begins at rows[i] + start. With D (dilation 1) every
   // input is loaded once for all the outputs of the tile.
-  template <int S, bool D, int R, int C>
+  template <class Emit, int S, bool D, int R, int C>
   static MNV2_INLINE void filter(const Taps& t, const Filter& f, const T* const* rows, int64_t start, T* d) {
     V acc[R][C];
     MNV2_UNROLL for (int r = 0; r < R; ++r) { MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = t.bias; }
@@ -300,7 +307,7 @@ struct Forward {
     MNV2_UNROLL for (int r = 0; r < R; ++r) {
       T* out = d + r * f.d_row;
       MNV2_UNROLL for (int c = 0; c < C; ++c) {
-        Isa::store(out, relu6(acc[r][c]));
+        Isa::store(out, Emit::of(acc[r][c]));
         out += f.d_column;
         asm volatile("" : "+r"(out));
       }
@@ -308,38 +315,39 @@ struct Forward {
   }
 
   // Output columns [column, end) of R rows: whole tiles, then ever smaller ones.
-  template <int S, bool D, int R, int C>
+  template <class Emit, int S, bool D, int R, int C>
   static MNV2_INLINE void filter_columns(const Taps& t, const Filter& f, const T* const* rows, int column, int end) {
     for (; column + C <= end; column += C) {
-      filter<S, D, R, C>(t, f, rows, int64_t(column) * S * kPanel, f.d + column * f.d_column);
+      filter<Emit, S, D, R, C>(t, f, rows, int64_t(column) * S * kPanel, f.d + column * f.d_column);
     }
-    if constexpr (C > 1) filter_columns<S, D, R, C / 2>(t, f, rows, column, end);
+    if constexpr (C > 1) filter_columns<Emit, S, D, R, C / 2>(t, f, rows, column, end);
   }
 
-  template <int S, bool D, int R>
+  template <class Emit, int S, bool D, int R>
   static __attribute__((noinline)) void filter_rows(const Filter& f, const T* const* rows, int column_count) {
     Taps t;
     MNV2_UNROLL for (int i = 0; i < 9; ++i) t.w[i] = Isa::load(f.weight + i * kLanes);
     t.bias = Isa::load(f.bias);
-    filter_columns<S, D, R, kColumns>(t, f, rows, 0, column_count);
+    filter_columns<Emit, S, D, R, kColumns>(t, f, rows, 0, column_count);
   }
 
   // Rows in tiles of R, then in ever lower ones.
-  template <int S, bool D, int R = D ? kRows : 1>
+  template <class Emit, int S, bool D, int R = D ? kRows : 1>
   static void filter_stripe(Filter f, const T* const* rows, int row_count, int column_count) {
     for (; row_count >= R; row_count -= R) {
-      filter_rows<S, D, R>(f, rows, column_count);
+      filter_rows<Emit, S, D, R>(f, rows, column_count);
       f.d += R * f.d_row;
       rows += R * S;
     }
-    if constexpr (R > 1) filter_stripe<S, D, R / 2>(f, rows, row_count, column_count);
+    if constexpr (R > 1) filter_stripe<Emit, S, D, R / 2>(f, rows, row_count, column_count);
   }
 
+  template <class Emit>
   static void depthwise(const Filter& f, int stride, const T* const* rows, int row_count, int column_count) {
-    if (stride == 1 && f.dilation == 1) return filter_stripe<1, true>(f, rows, row_count, column_count);
-    if (stride == 2 && f.dilation == 1) return filter_stripe<2, true>(f, rows, row_count, column_count);
-    if (stride == 1) return filter_stripe<1, false>(f, rows, row_count, column_count);
-    return filter_stripe<2, false>(f, rows, row_count, column_count);
+    if (stride == 1 && f.dilation == 1) return filter_stripe<Emit, 1, true>(f, rows, row_count, column_count);
+    if (stride == 2 && f.dilation == 1) return filter_stripe<Emit, 2, true>(f, rows, row_count, column_count);
+    if (stride == 1) return filter_stripe<Emit, 1, false>(f, rows, row_count, column_count);
+    return filter_stripe<Emit, 2, false>(f, rows, row_count, column_count);
   }
 
   // ------------------------------------------------------------------------------------------------ dense 3x3
@@ -493,7 +501,7 @@ struct Forward {
                               int64_t(s.out_width) * s.d_stride,
                               s.d_stride,
                               s.dilation};
-            depthwise(f, s.stride, rows, o1 - o0, s.out_width);
+            depthwise<Activated>(f, s.stride, rows, o1 - o0, s.out_width);
             for (int i = 0; i < bottom - top; ++i) rows[i] += kLanes;
           }
         }
@@ -699,6 +707,6 @@ struct Forward {
   }
 
   static constexpr Kernel kernel(const char* name, Dtype dtype, const char* const* features) {
-    return {name, dtype, features, kTiles, block, combine, conv, pointwise, pool, linear, fma_loop};
+    return {name, dtype, features, kTiles, block, combine, conv, pointwise, pool, linear, nullptr, nullptr, fma_loop};
   }
 };

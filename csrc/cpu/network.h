@@ -32,6 +32,11 @@ int64_t packed_size(const Layer& layer, const Tiles& tiles);
 // `weights` points to each of them in that order.
 void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const* weights, void* packed);
 
+// One matrix [n][k], or where transposed [k][n], as a 1x1 convolution k -> n is packed; and depthwise taps
+// [channels][9].
+void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int64_t k, bool transposed, void* packed);
+void pack_depthwise(const Tiles& tiles, Dtype dtype, const void* w, int64_t channels, void* packed);
+
 // --- schedule.cpp
 
 struct Program {
@@ -67,5 +72,27 @@ void advise_huge_pages(void* data, size_t bytes);
 using Parallel = void (*)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
 void run(const Program& program, const Call& call, int threads, Parallel parallel);
+
+// --- training.cpp
+
+// A pass over a batch for one block. Tensors are dense; weights as PyTorch has them, e's BatchNorm folded in. Results
+// that are null are not computed.
+struct BlockPass {
+  const void *x, *dz;  // NHWC
+  int64_t batch;
+  const void *expand_weight, *expand_bias;  // null where the block has no expansion
+  const void *depthwise_weight, *project_weight;
+  const void* coefficients;  // [6][hidden_channels], see TrainingPass; null without dz
+  double *mean, *square;     // [hidden_channels], of d: mean and sum of squared deviations
+  double* sums;              // [3][hidden_channels], see TrainingPass
+  double *expand_gradient, *depthwise_gradient, *project_gradient;  // [hidden][in], [hidden][9], [hidden][out]
+  void* dx;                                                         // NHWC
+};
+
+void run(const Kernel& kernel, const Layer& layer, int64_t height, int64_t width, const BlockPass& pass, int threads,
+         Parallel parallel);
+// Mean [channels] and sums of products of deviations [channels][channels] over `pixels` pixels of an NHWC tensor.
+void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean, double* products,
+             int threads, Parallel parallel);
 
 }  // namespace mnv2_fused

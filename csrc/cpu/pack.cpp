@@ -31,9 +31,10 @@ std::vector<Convolution> convolutions(const Layer& layer) {
   }
 }
 
-// w [n][k] to panels [k][width]; blocks of 16 inputs keep both sides in L1.
+// w [n][k], with any strides, to panels [k][width]; blocks of 16 inputs keep both sides in L1.
 template <class T>
-void pack_panels(const T* w, int64_t n_count, int64_t k_count, const Tiles& tiles, bool projection, T* packed) {
+void pack_panels(const T* w, int64_t n_count, int64_t k_count, int64_t n_stride, int64_t k_stride, const Tiles& tiles,
+                 bool projection, T* packed) {
   for (int64_t n0 = 0; n0 < n_count; n0 += tiles.panel) {
     const int64_t n1 = std::min<int64_t>(n0 + tiles.panel, n_count), width = round_up(n1 - n0, tiles.lanes);
     T* out = packed + n0 * k_count;
@@ -41,7 +42,7 @@ void pack_panels(const T* w, int64_t n_count, int64_t k_count, const Tiles& tile
       for (int64_t k0 = 0; k0 < k_count; k0 += 2) {
         for (int64_t i = 0; i < tiles.lanes * 3; ++i) {
           const int64_t n = n0 + i / 2, k = k0 + i % 2;
-          *out++ = n < n1 ? w[n * k_count + k] : T(0);
+          *out++ = n < n1 ? w[n * n_stride + k * k_stride] : T(0);
         }
       }
       continue;
@@ -49,9 +50,18 @@ void pack_panels(const T* w, int64_t n_count, int64_t k_count, const Tiles& tile
     for (int64_t k0 = 0; k0 < k_count; k0 += 16) {
       const int64_t k1 = std::min<int64_t>(k0 + 16, k_count);
       for (int64_t n = n0; n < n0 + width; ++n) {
-        const T* row = w + n * k_count;
-        for (int64_t k = k0; k < k1; ++k) out[k * width + n - n0] = n < n1 ? row[k] : T(0);
+        const T* row = w + n * n_stride;
+        for (int64_t k = k0; k < k1; ++k) out[k * width + n - n0] = n < n1 ? row[k * k_stride] : T(0);
       }
+    }
+  }
+}
+
+template <class T>
+void pack_taps(const T* w, int64_t channels, const Tiles& tiles, T* packed) {
+  for (int64_t i = 0; i < round_up(channels, tiles.lanes); ++i) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      packed[(i / tiles.lanes * 9 + tap) * tiles.lanes + i % tiles.lanes] = i < channels ? w[i * 9 + tap] : T(0);
     }
   }
 }
@@ -62,13 +72,9 @@ void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weigh
     const T *w = static_cast<const T*>(*weights++), *bias = static_cast<const T*>(*weights++);
     const int64_t n = round_up(c.n, tiles.lanes);
     if (c.depthwise) {
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          packed[(i / tiles.lanes * 9 + tap) * tiles.lanes + i % tiles.lanes] = i < c.n ? w[i * 9 + tap] : T(0);
-        }
-      }
+      pack_taps(w, c.n, tiles, packed);
     } else {
-      pack_panels(w, c.n, c.k, tiles, c.projection, packed);
+      pack_panels(w, c.n, c.k, c.k, 1, tiles, c.projection, packed);
     }
     packed += n * c.k;
     std::copy_n(bias, c.n, packed);
@@ -96,6 +102,23 @@ void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const
     pack_layer(layer, tiles, weights, static_cast<float*>(packed));
   } else {
     pack_layer(layer, tiles, weights, static_cast<double*>(packed));
+  }
+}
+
+void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int64_t k, bool transposed, void* packed) {
+  const int64_t n_stride = transposed ? 1 : k, k_stride = transposed ? n : 1;
+  if (dtype == Dtype::kFloat32) {
+    pack_panels(static_cast<const float*>(w), n, k, n_stride, k_stride, tiles, false, static_cast<float*>(packed));
+  } else {
+    pack_panels(static_cast<const double*>(w), n, k, n_stride, k_stride, tiles, false, static_cast<double*>(packed));
+  }
+}
+
+void pack_depthwise(const Tiles& tiles, Dtype dtype, const void* w, int64_t channels, void* packed) {
+  if (dtype == Dtype::kFloat32) {
+    pack_taps(static_cast<const float*>(w), channels, tiles, static_cast<float*>(packed));
+  } else {
+    pack_taps(static_cast<const double*>(w), channels, tiles, static_cast<double*>(packed));
   }
 }
 

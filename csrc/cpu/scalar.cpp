@@ -5,6 +5,7 @@ namespace mnv2_fused::scalar {
 namespace {
 
 #include "forward-inl.h"
+#include "training-inl.h"
 
 template <class Element>
 struct Plain {
@@ -44,6 +45,16 @@ struct Plain {
   static V add(V a, V b) {
     return each([=](int i) { return a.lane[i] + b.lane[i]; });
   }
+  static V sub(V a, V b) {
+    return each([=](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static V mul(V a, V b) {
+    return each([=](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  // v where low < u < high, else 0.
+  static V between(V u, V low, V high, V v) {
+    return each([=](int i) { return low.lane[i] < u.lane[i] && u.lane[i] < high.lane[i] ? v.lane[i] : T(0); });
+  }
   // As the vector instructions: the second operand when either is NaN.
   static V max(V a, V b) {
     return each([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
@@ -58,7 +69,7 @@ const char* const kFeatures[] = {nullptr};
 }  // namespace
 
 extern const Kernel kernel_f32, kernel_f64;
-const Kernel kernel_f32 = Forward<Plain<float>>::kernel("scalar_f32", Dtype::kFloat32, kFeatures);
-const Kernel kernel_f64 = Forward<Plain<double>>::kernel("scalar_f64", Dtype::kFloat64, kFeatures);
+const Kernel kernel_f32 = Training<Plain<float>>::kernel("scalar_f32", Dtype::kFloat32, kFeatures);
+const Kernel kernel_f64 = Training<Plain<double>>::kernel("scalar_f64", Dtype::kFloat64, kFeatures);
 
 }  // namespace mnv2_fused::scalar

@@ -1,0 +1,334 @@
+// The training passes over a batch: their schedule, images on threads, and the sums of what the threads found.
+//
+// Each thread has the same images at every run and sums of its own, which are added in the order of the threads:
+// results are the same from run to run at the same number of threads. A thread's sums take three times the weights of
+// the block (float, and double to which they are moved every few thousand pixels), whatever the batch.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "network.h"
+#include "workspace.h"
+
+namespace mnv2_fused {
+namespace {
+
+// The buffers of a pass through one panel of an image; what does not fit takes single rows.
+constexpr int64_t kBufferBytes = 256 << 10;
+// So many products are added up in the row's own type before they are added to a double.
+constexpr int64_t kPixelsPerFlush = 8192;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t element_size(const Kernel& kernel) { return kernel.dtype == Dtype::kFloat32 ? 4 : 8; }
+
+struct Schedule {
+  TrainingStep t{};
+  std::vector<int32_t> h_offsets, d_offsets;
+  int64_t zeros_size = 0;
+
+  Schedule(const Kernel& kernel, const Layer& layer, int64_t height, int64_t width) {
+    const Tiles& tiles = kernel.tiles;
+    Step& s = t.step;
+    s.kind = Layer::kBlock;
+    s.source = layer.expand ? Step::kExpand : Step::kCopy;
+    s.in_channels = int(layer.in_channels);
+    s.hidden_channels = int(layer.hidden_channels);
+    s.out_channels = int(layer.out_channels);
+    s.stride = int(layer.stride);
+    s.dilation = int(layer.dilation);
+    s.pad_left = int(layer.pad_left);
+    s.pad_right = int(layer.pad_right);
+    s.pad_top = int(layer.pad_top);
+    const int64_t out_height = out_extent(height, layer.pad_top + layer.pad_bottom, s.stride, s.dilation);
+    const int64_t out_width = out_extent(width, layer.pad_left + layer.pad_right, s.stride, s.dilation);
+    s.height = int(height);
+    s.width = int(width);
+    s.out_height = int(out_height);
+    s.out_width = int(out_width);
+    const int64_t row_length = layer.pad_left + width + layer.pad_right, reach = 2 * layer.dilation;
+    const int64_t d_pad_left = ceil_div(std::max<int64_t>(0, reach - layer.pad_left), s.stride);
+    const int64_t d_row_length = d_pad_left + std::max(out_width, (width - 1 + layer.pad_left) / s.stride + 1);
+    s.row_length = int(row_length);
+    t.d_pad_left = int(d_pad_left);
+    t.d_row_length = int(d_row_length);
+
+    const auto ring_rows = [&](int64_t stripe) { return std::min((stripe - 1) * s.stride + reach + 1, height); };
+    const auto d_ring_rows = [&](int64_t stripe) { return std::min(stripe + reach / s.stride, out_height); };
+    const auto size = [&](int64_t stripe) {
+      return tiles.panel * (ring_rows(stripe) * row_length + stripe * out_width + d_ring_rows(stripe) * d_row_length +
+                            stripe * s.stride * width);
+    };
+    int64_t stripe = out_height;
+    while (stripe > 1 && size(stripe) * element_size(kernel) > kBufferBytes) --stripe;
+    if (size(stripe) > INT32_MAX) throw std::length_error("x is too large: its rows do not fit into 2^31 elements");
+    s.stripe = int(stripe);
+    s.ring_rows = int(ring_rows(stripe));
+    t.d_ring_rows = int(d_ring_rows(stripe));
+    t.chunk_rows = int(stripe * s.stride);
+    t.d_offset = s.ring_rows * row_length * tiles.panel;
+    t.dd_offset = t.d_offset + stripe * out_width * tiles.panel;
+    t.ge_offset = t.dd_offset + t.d_ring_rows * d_row_length * tiles.panel;
+    t.rows_offset = t.ge_offset + t.chunk_rows * width * tiles.panel;
+    const int64_t pointers = (stripe - 1) * s.stride + reach + 1;
+    t.scratch_size = round_up(t.rows_offset + pointers * 8 / element_size(kernel) + 1, 16);
+    zeros_size = round_up((row_length + 1) * tiles.panel, 16);
+
+    h_offsets = offsets(s.ring_rows, row_length, s.pad_left, width, tiles);
+    d_offsets = offsets(t.d_ring_rows, d_row_length, d_pad_left, out_width, tiles);
+    s.pixel_offsets = h_offsets.data();
+    t.d_pixel_offsets = d_offsets.data();
+  }
+  Schedule(const Schedule&) = delete;
+
+  static std::vector<int32_t> offsets(int64_t rows, int64_t row_length, int64_t left, int64_t width,
+                                      const Tiles& tiles) {
+    std::vector<int32_t> offsets;
+    for (int64_t pixel = 0; pixel < rows * width + tiles.tile_m; ++pixel) {
+      const int64_t row = pixel / width % rows, column = pixel % width;
+      offsets.push_back(int32_t((row * row_length + left + column) * tiles.panel));
+    }
+    return offsets;
+  }
+};
+
+// Adds a panel-wise accumulator of the row's type to one of doubles, and begins it anew.
+template <class T>
+void flush(T* from, double* to, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    to[i] += double(from[i]);
+    from[i] = 0;
+  }
+}
+
+// An array that each worker has: its place in the worker's memory.
+struct Accumulator {
+  int64_t rows = 0;     // of each panel; 0: not asked for
+  int64_t exact = 0;    // offset of the doubles
+  int64_t rounded = 0;  // offset of the row's own type
+};
+
+template <class T>
+struct Runner {
+  const Kernel& kernel;
+  const TrainingStep& t;
+  const BlockPass& pass;
+  const int64_t panel = kernel.tiles.panel, panels = ceil_div(t.step.hidden_channels, panel), hidden = panels * panel;
+  const int workers;
+  Accumulator expand, depthwise, project;
+  int64_t moments_offset = 0, sums_offset = 0, scratch_offset = 0, worker_bytes = 0;
+  int64_t expand_offset = 0, bias_offset = 0, expand_back_offset = 0, depthwise_offset = 0, project_back_offset = 0,
+          coefficients_offset = 0, zeros_offset = 0, shared_bytes = 0;
+  char* memory = nullptr;
+
+  Runner(const Kernel& k, const Schedule& schedule, const BlockPass& p, int threads)
+      : kernel(k), t(schedule.t), pass(p), workers(int(std::min<int64_t>(threads, p.batch))) {
+    const Step& s = t.step;
+    const auto claim = [](int64_t* total, int64_t bytes) {
+      const int64_t at = *total;
+      *total += round_up(bytes, 64);
+      return at;
+    };
+    const auto accumulator = [&](const double* wanted, int64_t rows) {
+      Accumulator a;
+      if (!wanted) return a;
+      a.rows = rows;
+      a.exact = claim(&worker_bytes, hidden * rows * 8);
+      a.rounded = claim(&worker_bytes, hidden * rows * int64_t(sizeof(T)));
+      return a;
+    };
+    expand = accumulator(pass.expand_gradient, s.in_channels);
+    depthwise = accumulator(pass.depthwise_gradient, 9);
+    project = accumulator(pass.project_gradient, s.out_channels);
+    moments_offset = claim(&worker_bytes, 2 * hidden * 8);
+    sums_offset = claim(&worker_bytes, 3 * hidden * 8);
+    scratch_offset = claim(&worker_bytes, t.scratch_size * int64_t(sizeof(T)));
+
+    const auto weights = [&](int64_t n) { return claim(&shared_bytes, n * int64_t(sizeof(T))); };
+    expand_offset = weights(hidden * s.in_channels);
+    bias_offset = weights(hidden);
+    expand_back_offset = weights(round_up(s.in_channels, panel) * s.hidden_channels);
+    depthwise_offset = weights(hidden * 9);
+    project_back_offset = weights(hidden * s.out_channels);
+    coefficients_offset = weights(hidden * 6);
+    zeros_offset = weights(schedule.zeros_size);
+  }
+
+  int64_t bytes() const { return shared_bytes + workers * worker_bytes; }
+  template <class U>
+  U* shared(int64_t offset) const {
+    return reinterpret_cast<U*>(memory + offset);
+  }
+  template <class U>
+  U* own(int worker, int64_t offset) const {
+    return reinterpret_cast<U*>(memory + shared_bytes + worker * worker_bytes + offset);
+  }
+
+  void pack() const {
+    const Step& s = t.step;
+    std::memset(memory, 0, shared_bytes);
+    const auto matrix = [&](const void* w, int64_t n, int64_t k, bool transposed, int64_t offset) {
+      pack_matrix(kernel.tiles, kernel.dtype, w, n, k, transposed, shared<T>(offset));
+    };
+    if (pass.expand_weight) {
+      matrix(pass.expand_weight, s.hidden_channels, s.in_channels, false, expand_offset);
+      matrix(pass.expand_weight, s.in_channels, s.hidden_channels, true, expand_back_offset);
+      std::copy_n(static_cast<const T*>(pass.expand_bias), s.hidden_channels, shared<T>(bias_offset));
+    }
+    pack_depthwise(kernel.tiles, kernel.dtype, pass.depthwise_weight, s.hidden_channels, shared<T>(depthwise_offset));
+    if (!pass.dz) return;
+    matrix(pass.project_weight, s.hidden_channels, s.out_channels, true, project_back_offset);
+    for (int64_t i = 0; i < 6; ++i) {
+      for (int64_t c = 0; c < s.hidden_channels; ++c) {
+        shared<T>(coefficients_offset)[(c / panel * 6 + i) * panel + c % panel] =
+            static_cast<const T*>(pass.coefficients)[i * s.hidden_channels + c];
+      }
+    }
+  }
+
+  void work(int worker) const {
+    const FlushDenormals denormals;
+    const Step& s = t.step;
+    std::memset(own<char>(worker, 0), 0, scratch_offset);
+    TrainingPass a{};
+    a.expand = shared<T>(expand_offset);
+    a.expand_bias = shared<T>(bias_offset);
+    a.expand_back = shared<T>(expand_back_offset);
+    a.project_back = shared<T>(project_back_offset);
+    a.depthwise = shared<T>(depthwise_offset);
+    a.coefficients = shared<T>(coefficients_offset);
+    a.mean = pass.mean ? own<double>(worker, moments_offset) : nullptr;
+    a.square = pass.mean ? a.mean + hidden : nullptr;
+    a.sums = own<double>(worker, sums_offset);
+    const auto rounded = [&](const Accumulator& to) { return to.rows ? own<T>(worker, to.rounded) : nullptr; };
+    a.expand_gradient = rounded(expand);
+    a.depthwise_gradient = rounded(depthwise);
+    a.project_gradient = rounded(project);
+    const int64_t in = int64_t(s.height) * s.width * s.in_channels, pixels = int64_t(s.out_height) * s.out_width;
+    int64_t since_flush = 0;
+    const int64_t end = image_begin(worker + 1);
+    for (int64_t i = image_begin(worker); i < end; ++i) {
+      a.x = static_cast<const T*>(pass.x) + i * in;
+      a.dz = pass.dz ? static_cast<const T*>(pass.dz) + i * pixels * s.out_channels : nullptr;
+      a.dx = pass.dx ? static_cast<T*>(pass.dx) + i * in : nullptr;
+      a.count = double(i - image_begin(worker)) * double(pixels);
+      kernel.train(t, a, own<T>(worker, scratch_offset), shared<T>(zeros_offset));
+      since_flush += std::max(pixels, int64_t(s.height) * s.width);
+      if (since_flush < kPixelsPerFlush && i + 1 < end) continue;
+      for (const Accumulator& to : {expand, depthwise, project}) {
+        if (to.rows) flush(own<T>(worker, to.rounded), own<double>(worker, to.exact), hidden * to.rows);
+      }
+      since_flush = 0;
+    }
+  }
+
+  int64_t image_begin(int worker) const { return pass.batch * worker / workers; }
+
+  void collect() const {
+    const Step& s = t.step;
+    const int64_t channels = s.hidden_channels;
+    const auto gather = [&](const Accumulator& from, double* to) {
+      for (int64_t c = 0; from.rows && c < channels; ++c) {
+        for (int64_t i = 0; i < from.rows; ++i) {
+          double sum = 0;
+          for (int w = 0; w < workers; ++w) {
+            sum += own<double>(w, from.exact)[(c / panel * from.rows + i) * panel + c % panel];
+          }
+          to[c * from.rows + i] = sum;
+        }
+      }
+    };
+    gather(expand, pass.expand_gradient);
+    gather(depthwise, pass.depthwise_gradient);
+    gather(project, pass.project_gradient);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int i = 0; pass.sums && i < 3; ++i) {
+        double sum = 0;
+        for (int w = 0; w < workers; ++w) sum += own<double>(w, sums_offset)[(c / panel * 3 + i) * panel + c % panel];
+        pass.sums[i * channels + c] = sum;
+      }
+      if (!pass.mean) continue;
+      double count = 0, mean = 0, square = 0;
+      for (int w = 0; w < workers; ++w) {
+        const double now = double(image_begin(w + 1) - image_begin(w)) * s.out_height * s.out_width;
+        const double* found = own<double>(w, moments_offset) + c;
+        const double delta = found[0] - mean;
+        mean += delta * (now / (count + now));
+        square += found[hidden] + delta * delta * (count * now / (count + now));
+        count += now;
+      }
+      pass.mean[c] = mean;
+      pass.square[c] = square;
+    }
+  }
+};
+
+// body(worker) for each worker, on the caller's threads.
+template <class Body>
+void on_workers(int workers, Parallel parallel, const Body& body) {
+  if (workers == 1) return body(0);
+  parallel(
+      workers,
+      [](int64_t begin, int64_t end, void* b) {
+        for (int64_t w = begin; w < end; ++w) (*static_cast<const Body*>(b))(int(w));
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+template <class T>
+void run_typed(const Kernel& kernel, const Schedule& schedule, const BlockPass& pass, int threads, Parallel parallel) {
+  Runner<T> runner(kernel, schedule, pass, threads);
+  const Arena arena(runner.bytes());
+  runner.memory = arena.data();
+  runner.pack();
+  on_workers(runner.workers, parallel, [&](int worker) { runner.work(worker); });
+  runner.collect();
+}
+
+}  // namespace
+
+void run(const Kernel& kernel, const Layer& layer, int64_t height, int64_t width, const BlockPass& pass, int threads,
+         Parallel parallel) {
+  const Schedule schedule(kernel, layer, height, width);
+  if (kernel.dtype == Dtype::kFloat32) {
+    run_typed<float>(kernel, schedule, pass, threads, parallel);
+  } else {
+    run_typed<double>(kernel, schedule, pass, threads, parallel);
+  }
+}
+
+void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean, double* products,
+             int threads, Parallel parallel) {
+  constexpr int64_t kPixels = 256;  // a kernel's chunk: threads get whole ones
+  const int64_t panel = kernel.tiles.panel, size = round_up(channels, panel), chunks = ceil_div(pixels, kPixels);
+  const int workers = int(std::min<int64_t>(threads, chunks));
+  const auto begin = [&](int w) { return std::min(chunks * w / workers * kPixels, pixels); };
+  const int64_t doubles = size + size * size;
+  const int64_t scratch = (2 * size + panel * panel + size * kPixels) * element_size(kernel);
+  const int64_t worker_bytes = round_up(doubles * 8 + scratch, 64);
+  const Arena arena(workers * worker_bytes);
+  on_workers(workers, parallel, [&](int w) {
+    const FlushDenormals denormals;
+    double* own = reinterpret_cast<double*>(arena.data() + w * worker_bytes);
+    std::fill_n(own, doubles, 0.0);
+    const char* from = static_cast<const char*>(x) + begin(w) * channels * element_size(kernel);
+    kernel.moments(from, begin(w + 1) - begin(w), int(channels), 0, own, own + size, own + doubles);
+  });
+  double count = 0;
+  std::fill_n(mean, channels, 0.0);
+  std::fill_n(products, channels * channels, 0.0);
+  for (int w = 0; w < workers; ++w) {
+    const double* own = reinterpret_cast<const double*>(arena.data() + w * worker_bytes);
+    const double now = double(begin(w + 1) - begin(w)), total = count + now;
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t j = 0; j < channels; ++j) {
+        const bool stored = i / panel <= j / panel;
+        const double product = own[size + (stored ? i * size + j : j * size + i)];
+        products[i * channels + j] += product + (own[i] - mean[i]) * (own[j] - mean[j]) * (count * now / total);
+      }
+    }
+    for (int64_t i = 0; i < channels; ++i) mean[i] += (own[i] - mean[i]) * (now / total);
+    count = total;
+  }
+}
+
+}  // namespace mnv2_fused
