@@ -146,6 +146,16 @@ struct Kernel {
   void (*moments)(const void* x, int64_t pixels, int channels, double count, double* mean, double* products,
                   void* scratch);
 
+  // Over the pixels of narrow tensors [pixels][channels]. Moments from nothing; sums [2][channels] of a and of
+  // a (b - center); y = coefficients[0] a + coefficients[1] b + coefficients[2], b may be null; y += x . w + bias
+  // (+ residual), w packed as a 1x1 convolution.
+  void (*channel_moments)(const void* x, int64_t pixels, int channels, double* mean, double* square);
+  void (*channel_products)(const void* a, const void* b, const void* center, int64_t pixels, int channels,
+                           double* sums);
+  void (*affine)(const void* a, const void* b, const void* coefficients, void* y, int64_t pixels, int channels);
+  void (*matrix_add)(const void* x, const void* w, const void* bias, const void* residual, void* y, int64_t pixels,
+                     int channels);
+
   // Independent multiply-adds in registers, for measuring the peak; returns how many multiply-adds it did.
   double (*fma_loop)(int64_t iterations);
 };

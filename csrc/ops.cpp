@@ -38,8 +38,7 @@ Dtype dtype_of(const Tensor& t, const char* name) {
   return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
 }
 
-// A dense copy where the tensor is not dense, in the order in which its weights are packed.
-Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
+void check_shape(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
   bool fits = t.dim() == int64_t(expected.size());
   for (size_t i = 0; fits && i < expected.size(); ++i) fits = t.size(i) == expected[i];
   if (!fits) {
@@ -49,6 +48,11 @@ Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::
   }
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the device of x");
+}
+
+// A dense copy where the tensor is not dense, in the order in which its weights are packed.
+Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
+  check_shape(t, name, x, expected);
   return torch::stable::contiguous(t);
 }
 
@@ -343,8 +347,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
     const Tensor& coefficients, int64_t stride, int64_t dilation, std::vector<int64_t> padding, int64_t wanted) {
   const int64_t in = x.size(1), hidden = depthwise_weight.size(0), out = project_weight.size(0);
   const TrainingBlock block(x, expand_weight.has_value(), hidden, out, stride, dilation, padding);
-  const Tensor gradient = torch::stable::contiguous(
-      weight_of(dz, "dz", x, {x.size(0), out, block.out_height, block.out_width}), MemoryFormat::ChannelsLast);
+  check_shape(dz, "dz", x, {x.size(0), out, block.out_height, block.out_width});
+  const Tensor gradient = torch::stable::contiguous(dz, MemoryFormat::ChannelsLast);
   BlockPass pass = block.pass();
   pass.dz = gradient.data_ptr();
   std::optional<Tensor> weight, bias;
@@ -384,6 +388,71 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
   return {dx, expand_gradient, depthwise_gradient, project_gradient, sums};
 }
 
+// A narrow tensor as dense rows of pixels.
+struct Rows {
+  Tensor tensor;
+  const Kernel* kernel;
+  int64_t channels, pixels;
+
+  Rows(const Tensor& x, const char* name)
+      : tensor(x), kernel(&select_kernel(dtype_of(x, name))), channels(0), pixels(0) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu() && x.size(1) > 0, name, " must be [N, C, H, W] on the CPU, got ",
+                    shape_of(x));
+    tensor = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+    channels = x.size(1);
+    pixels = x.numel() / channels;
+  }
+  Tensor like(const Tensor& other, const char* name) const {
+    check_shape(other, name, tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)});
+    return torch::stable::contiguous(other, MemoryFormat::ChannelsLast);
+  }
+  const void* data() const { return tensor.data_ptr(); }
+};
+
+int thread_count() { return int(torch::stable::get_num_threads()); }
+
+std::tuple<Tensor, Tensor> channel_moments_of(const Tensor& input) {
+  const Rows x(input, "x");
+  STD_TORCH_CHECK(x.pixels > 0, "x must have at least one pixel, got ", shape_of(input));
+  const Tensor mean = doubles({x.channels}, input), square = doubles({x.channels}, input);
+  channel_moments(*x.kernel, x.data(), x.pixels, x.channels, data_of(mean), data_of(square), thread_count(),
+                  on_torch_threads);
+  return {mean, square};
+}
+
+Tensor channel_products_of(const Tensor& input, const Tensor& other, const Tensor& center) {
+  const Rows a(input, "a");
+  const Tensor b = a.like(other, "b"), dense = weight_of(center, "center", input, {a.channels});
+  const Tensor sums = doubles({2, a.channels}, input);
+  channel_products(*a.kernel, a.data(), b.data_ptr(), dense.data_ptr(), a.pixels, a.channels, data_of(sums),
+                   thread_count(), on_torch_threads);
+  return sums;
+}
+
+Tensor affine_of(const Tensor& input, const std::optional<Tensor>& other, const Tensor& coefficients) {
+  const Rows a(input, "a");
+  std::optional<Tensor> b;
+  if (other) b = a.like(*other, "b");
+  const Tensor dense = weight_of(coefficients, "coefficients", input, {3, a.channels});
+  const Tensor y =
+      new_tensor({input.size(0), a.channels, input.size(2), input.size(3)}, input, MemoryFormat::ChannelsLast);
+  affine(*a.kernel, a.data(), b ? b->data_ptr() : nullptr, dense.data_ptr(), y.data_ptr(), a.pixels, a.channels,
+         thread_count(), on_torch_threads);
+  return y;
+}
+
+void matrix_add_to(Tensor y, const Tensor& input, const Tensor& matrix, const Tensor& bias,
+                   const std::optional<Tensor>& residual) {
+  const Rows x(input, "x");
+  STD_TORCH_CHECK(x.like(y, "y").data_ptr() == y.data_ptr(), "y must be dense in channels_last");
+  std::optional<Tensor> r;
+  if (residual) r = x.like(*residual, "residual");
+  const Tensor dense = weight_of(matrix, "matrix", input, {x.channels, x.channels});
+  const Tensor constant = weight_of(bias, "bias", input, {x.channels});
+  matrix_add(*x.kernel, x.data(), dense.data_ptr(), constant.data_ptr(), r ? r->data_ptr() : nullptr, y.data_ptr(),
+             x.pixels, x.channels, thread_count(), on_torch_threads);
+}
+
 }  // namespace
 }  // namespace mnv2_fused
 
@@ -395,6 +464,10 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("pack(Tensor weights, int[] plan) -> Tensor");
   m.def("network(Tensor x, Tensor packed, int[] plan) -> Tensor");
   m.def("moments(Tensor x) -> (Tensor, Tensor)");
+  m.def("channel_moments(Tensor x) -> (Tensor, Tensor)");
+  m.def("channel_products(Tensor a, Tensor b, Tensor center) -> Tensor");
+  m.def("affine(Tensor a, Tensor? b, Tensor coefficients) -> Tensor");
+  m.def("matrix_add_(Tensor(a!) y, Tensor x, Tensor matrix, Tensor bias, Tensor? residual) -> ()");
   m.def(
       "filter_moments(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, int stride, "
       "int dilation, int[] padding) -> (Tensor, Tensor)");
@@ -410,5 +483,9 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("network", TORCH_BOX(&mnv2_fused::network));
   m.impl("moments", TORCH_BOX(&mnv2_fused::moments_of));
   m.impl("filter_moments", TORCH_BOX(&mnv2_fused::filter_moments));
+  m.impl("channel_moments", TORCH_BOX(&mnv2_fused::channel_moments_of));
+  m.impl("channel_products", TORCH_BOX(&mnv2_fused::channel_products_of));
+  m.impl("affine", TORCH_BOX(&mnv2_fused::affine_of));
+  m.impl("matrix_add_", TORCH_BOX(&mnv2_fused::matrix_add_to));
   m.impl("block_gradients", TORCH_BOX(&mnv2_fused::block_gradients));
 }

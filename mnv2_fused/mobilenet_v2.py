@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import network
+from . import network, training
 from .network import FusedChain, Stage
 
 # Table 2 of the paper: expansion t, output channels c, repeats n, stride s of the first block in the row.
@@ -89,6 +89,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._chain(self, x) if self.fused else None
+        if y is None and self.fused:
+            y = training.run_block(self.conv, x, self.use_res_connect)
         if y is not None:
             return y
         return x + self.conv(x) if self.use_res_connect else self.conv(x)

@@ -70,12 +70,7 @@ def _geometry(conv: nn.Conv2d) -> dict[str, int]:
 
 def conv_bn_relu6(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     conv, bn, _ = _children(module, nn.Conv2d, nn.BatchNorm2d, nn.ReLU6)
-    return conv, _norm(bn)
-
-
-def _norm(bn: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    expect(bn.running_mean is not None, "a BatchNorm without running statistics")
-    return bn
+    return conv, bn
 
 
 def stem(module: nn.Module) -> Stage:
@@ -96,7 +91,7 @@ def block(module: nn.Module, residual: bool) -> Stage:
     *expand, _, _, _ = [None] * max(3, len(module._modules))
     types = (nn.Sequential,) * (len(expand) + 1) + (nn.Conv2d, nn.BatchNorm2d)
     *inner, project, project_bn = _children(module, *types)
-    weights = [*map(conv_bn_relu6, inner), (project, _norm(project_bn))]
+    weights = [*map(conv_bn_relu6, inner), (project, project_bn)]
     if expand:
         _conv(weights[0][0], 1)
     depthwise = _conv(weights[-2][0], 3, depthwise=True)
@@ -130,6 +125,7 @@ def _fold(module: nn.Module, bn: nn.BatchNorm2d | None) -> Iterator[Tensor]:
     weight = module.weight.detach().double()
     bias = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.detach().double()
     if bn is not None:
+        expect(bn.running_mean is not None, "a BatchNorm without running statistics")
         scale = (bn.running_var.double() + bn.eps).rsqrt()
         scale = scale if bn.weight is None else scale * bn.weight.detach().double()
         weight = weight * scale.view(-1, 1, 1, 1)
@@ -224,14 +220,10 @@ class FusedChain:
         return None if reason else _NETWORK(x, packing.packed, packing.plan)
 
     def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
-        if is_compiling() or _is_tracing():
-            return "the model is being traced", None
-        if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or not x.is_cpu or 0 in x.shape[1:]:
-            return "the input is no plain CPU tensor [N, C, H, W] with pixels", None
-        if is_autocast_enabled("cpu"):
-            return "autocast asks for another dtype", None
-        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return "a function transform or forward-mode derivatives are at work", None
+        if is_compiling():
+            return "the model is being compiled", None
+        if reason := why_no_op(x):
+            return reason, None
         if is_grad_enabled():
             if any(map(_REQUIRES_GRAD, root.parameters())):
                 self._packing = None  # what follows is training, and fused optimizers count no versions
@@ -248,10 +240,23 @@ class FusedChain:
             return packing.reason, None
         if x.dtype != packing.dtype or x.shape[1] != packing.plan[2]:
             return f"the input has {x.shape[1]} channels of {x.dtype}, not {packing.plan[2]} of {packing.dtype}", None
-        if _global_hooks():
+        if global_hooks():
             return "there are global forward hooks", None
         return "", packing
 
 
-def _global_hooks() -> bool:
+def why_no_op(x: Tensor) -> str:
+    """Why no call with x can run on our kernels now; "" when it can."""
+    if _is_tracing():
+        return "the model is being traced"
+    if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or not x.is_cpu or 0 in x.shape[1:]:
+        return "the input is no plain CPU tensor [N, C, H, W] with pixels"
+    if is_autocast_enabled("cpu"):
+        return "autocast asks for another dtype"
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a function transform or forward-mode derivatives are at work"
+    return ""
+
+
+def global_hooks() -> bool:
     return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)

@@ -707,6 +707,7 @@ struct Forward {
   }
 
   static constexpr Kernel kernel(const char* name, Dtype dtype, const char* const* features) {
-    return {name, dtype, features, kTiles, block, combine, conv, pointwise, pool, linear, nullptr, nullptr, fma_loop};
+    return {name,   dtype,   features, kTiles,  block,   combine, conv,    pointwise, pool,
+            linear, nullptr, nullptr,  nullptr, nullptr, nullptr, nullptr, fma_loop};
   }
 };

@@ -95,4 +95,15 @@ void run(const Kernel& kernel, const Layer& layer, int64_t height, int64_t width
 void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean, double* products,
              int threads, Parallel parallel);
 
+// Kernel's functions over narrow tensors, on threads; results are the same at the same number of threads.
+void channel_moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean,
+                     double* square, int threads, Parallel parallel);
+void channel_products(const Kernel& kernel, const void* a, const void* b, const void* center, int64_t pixels,
+                      int64_t channels, double* sums, int threads, Parallel parallel);
+void affine(const Kernel& kernel, const void* a, const void* b, const void* coefficients, void* y, int64_t pixels,
+            int64_t channels, int threads, Parallel parallel);
+// `matrix` [out channel][in channel] as PyTorch has a 1x1 convolution's weight.
+void matrix_add(const Kernel& kernel, const void* x, const void* matrix, const void* bias, const void* residual,
+                void* y, int64_t pixels, int64_t channels, int threads, Parallel parallel);
+
 }  // namespace mnv2_fused

@@ -198,16 +198,19 @@ struct Training : Forward<Isa> {
 
   // ----------------------------------------------------------------------------------------------------- moments
 
-  // Mean and sum of squared deviations of `count` vectors a panel apart, merged into those of `before` values.
+  static V load_channels(const T* from, int left) { return left < kLanes ? Isa::load_n(from, left) : Isa::load(from); }
+
+  // Mean and sum of squared deviations of `count` pixels `stride` apart, merged into those of `before` values.
   // Deviations from their own mean: large means cost no precision.
-  static void merge_moments(const T* d, int count, int channels, double before, double* mean, double* square) {
+  static void merge_moments(const T* d, int count, int channels, int64_t stride, double before, double* mean,
+                            double* square) {
     for (int v = 0; v < channels; v += kLanes) {
-      V sum = Isa::broadcast(T(0)), squares = Isa::broadcast(T(0));
-      for (int i = 0; i < count; ++i) sum = Isa::add(sum, Isa::load(d + int64_t(i) * kPanel + v));
+      const int left = channels - v;
+      V sum = Isa::broadcast(T(0)), squares = Isa::broadcast(T(0)), rest = Isa::broadcast(T(0));
+      for (int i = 0; i < count; ++i) sum = Isa::add(sum, load_channels(d + i * stride + v, left));
       const V center = Isa::mul(sum, Isa::broadcast(T(1) / T(count)));
-      V rest = Isa::broadcast(T(0));
       for (int i = 0; i < count; ++i) {
-        const V e = Isa::sub(Isa::load(d + int64_t(i) * kPanel + v), center);
+        const V e = Isa::sub(load_channels(d + i * stride + v, left), center);
         squares = Isa::fmadd(e, e, squares);
         rest = Isa::add(rest, e);
       }
@@ -215,7 +218,7 @@ struct Training : Forward<Isa> {
       Isa::store(centers, center);
       Isa::store(rests, rest);
       Isa::store(local, squares);
-      for (int i = 0; i < min(kLanes, channels - v); ++i) {
+      for (int i = 0; i < min(kLanes, left); ++i) {
         const double offset = double(rests[i]) / count;  // what rounding left between the center and the mean
         merge(before, count, double(centers[i]) + offset, double(local[i]) - offset * offset * count, mean + v + i,
               square + v + i);
@@ -286,6 +289,86 @@ struct Training : Forward<Isa> {
     }
   }
 
+  // ------------------------------------------------------------------------------------------------ narrow tensors
+
+  // Pixels that are passed over at once: in L1 while a channel's constants are in registers.
+  static int chunk_pixels(int channels) { return max(16, 2048 / channels); }
+
+  template <class Body>
+  static void for_chunks(int64_t pixels, int channels, const Body& body) {
+    const int chunk = chunk_pixels(channels);
+    for (int64_t p = 0; p < pixels; p += chunk) body(p, pixels - p < chunk ? int(pixels - p) : chunk);
+  }
+
+  static void channel_moments(const void* x, int64_t pixels, int channels, double* mean, double* square) {
+    for_chunks(pixels, channels, [&](int64_t first, int count) {
+      merge_moments(static_cast<const T*>(x) + first * channels, count, channels, channels, double(first), mean,
+                    square);
+    });
+  }
+
+  static void channel_products(const void* a_, const void* b_, const void* center_, int64_t pixels, int channels,
+                               double* sums) {
+    const T* center = static_cast<const T*>(center_);
+    for_chunks(pixels, channels, [&](int64_t first, int count) {
+      const T *a = static_cast<const T*>(a_) + first * channels, *b = static_cast<const T*>(b_) + first * channels;
+      for (int v = 0; v < channels; v += kLanes) {
+        const int left = channels - v;
+        const V c = load_channels(center + v, left);
+        V sum = Isa::broadcast(T(0)), product = sum;
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = int64_t(i) * channels + v;
+          const V g = load_channels(a + at, left);
+          sum = Isa::add(sum, g);
+          product = Isa::fmadd(g, Isa::sub(load_channels(b + at, left), c), product);
+        }
+        T totals[2][kLanes];
+        Isa::store(totals[0], sum);
+        Isa::store(totals[1], product);
+        for (int i = 0; i < min(kLanes, left); ++i) {
+          sums[v + i] += double(totals[0][i]);
+          sums[channels + v + i] += double(totals[1][i]);
+        }
+      }
+    });
+  }
+
+  static void affine(const void* a_, const void* b_, const void* coefficients, void* y_, int64_t pixels, int channels) {
+    const T* p = static_cast<const T*>(coefficients);
+    for_chunks(pixels, channels, [&](int64_t first, int count) {
+      const T *a = static_cast<const T*>(a_) + first * channels, *b = static_cast<const T*>(b_) + first * channels;
+      T* y = static_cast<T*>(y_) + first * channels;
+      for (int v = 0; v < channels; v += kLanes) {
+        const int left = channels - v;
+        const V scale_a = load_channels(p + v, left), scale_b = load_channels(p + channels + v, left);
+        const V shift = load_channels(p + 2 * channels + v, left);
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = int64_t(i) * channels + v;
+          V sum = Isa::fmadd(scale_a, load_channels(a + at, left), shift);
+          if (b_) sum = Isa::fmadd(scale_b, load_channels(b + at, left), sum);
+          left < kLanes ? Isa::store_n(y + at, sum, left) : Isa::store(y + at, sum);
+        }
+      }
+    });
+  }
+
+  static void matrix_add(const void* x, const void* w_, const void* bias_, const void* residual_, void* y_,
+                         int64_t pixels, int channels) {
+    const T* bias = static_cast<const T*>(bias_);
+    constexpr int kPixels = 1024;
+    for (int64_t first = 0; first < pixels; first += kPixels) {
+      const int count = pixels - first < kPixels ? int(pixels - first) : kPixels;
+      const T* segment[1] = {static_cast<const T*>(x) + first * channels};
+      for (int n = 0; n < channels; n += kPanel) {
+        const T* residual = residual_ ? static_cast<const T*>(residual_) + first * channels + n : nullptr;
+        F::template panel<typename F::Output>(
+            {segment, 1, channels, 0, channels}, static_cast<const T*>(w_) + int64_t(n) * channels, bias + n,
+            {static_cast<T*>(y_) + first * channels + n, nullptr, channels, residual, true, false, 0}, count,
+            min(kPanel, channels - n));
+      }
+    }
+  }
+
   // ----------------------------------------------------------------------------------------------------- a pass
 
   static void train(const TrainingStep& t, const TrainingPass& a, void* scratch_, const void* zeros_) {
@@ -331,7 +414,7 @@ struct Training : Forward<Isa> {
                                                  s.stride, rows, o1 - o0, s.out_width);
         }
         if (a.mean) {
-          merge_moments(d, pixels, channels, count, a.mean + c, a.square + c);
+          merge_moments(d, pixels, channels, kPanel, count, a.mean + c, a.square + c);
           count += pixels;
         }
         if (!dz) continue;
@@ -400,6 +483,10 @@ struct Training : Forward<Isa> {
     Kernel k = F::kernel(name, dtype, features);
     k.train = train;
     k.moments = moments;
+    k.channel_moments = channel_moments;
+    k.channel_products = channel_products;
+    k.affine = affine;
+    k.matrix_add = matrix_add;
     return k;
   }
 };

@@ -331,4 +331,81 @@ void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channe
   }
 }
 
+namespace {
+
+// body(first, count, worker) for each worker's share of the pixels; few pixels are not worth a thread.
+template <class Body>
+int on_pixels(int64_t pixels, int threads, Parallel parallel, const Body& body) {
+  const int workers = int(std::clamp<int64_t>(pixels / 256, 1, threads));
+  on_workers(workers, parallel, [&](int w) {
+    const FlushDenormals denormals;
+    const int64_t begin = pixels * w / workers;
+    body(begin, pixels * (w + 1) / workers - begin, w);
+  });
+  return workers;
+}
+
+}  // namespace
+
+void channel_moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean,
+                     double* square, int threads, Parallel parallel) {
+  std::vector<double> found(size_t(threads) * 2 * channels);
+  const int workers = on_pixels(pixels, threads, parallel, [&](int64_t first, int64_t count, int w) {
+    double* own = &found[size_t(w) * 2 * channels];
+    kernel.channel_moments(static_cast<const char*>(x) + first * channels * element_size(kernel), count, int(channels),
+                           own, own + channels);
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    double before = 0, m = 0, s = 0;
+    for (int w = 0; w < workers; ++w) {
+      const double* own = &found[size_t(w) * 2 * channels + c];
+      const double now = double(pixels * (w + 1) / workers - pixels * w / workers), delta = own[0] - m;
+      m += delta * (now / (before + now));
+      s += own[channels] + delta * delta * (before * now / (before + now));
+      before += now;
+    }
+    mean[c] = m;
+    square[c] = s;
+  }
+}
+
+void channel_products(const Kernel& kernel, const void* a, const void* b, const void* center, int64_t pixels,
+                      int64_t channels, double* sums, int threads, Parallel parallel) {
+  std::vector<double> found(size_t(threads) * 2 * channels);
+  const int workers = on_pixels(pixels, threads, parallel, [&](int64_t first, int64_t count, int w) {
+    const int64_t at = first * channels * element_size(kernel);
+    kernel.channel_products(static_cast<const char*>(a) + at, static_cast<const char*>(b) + at, center, count,
+                            int(channels), &found[size_t(w) * 2 * channels]);
+  });
+  for (int64_t i = 0; i < 2 * channels; ++i) {
+    sums[i] = 0;
+    for (int w = 0; w < workers; ++w) sums[i] += found[size_t(w) * 2 * channels + i];
+  }
+}
+
+void affine(const Kernel& kernel, const void* a, const void* b, const void* coefficients, void* y, int64_t pixels,
+            int64_t channels, int threads, Parallel parallel) {
+  on_pixels(pixels, threads, parallel, [&](int64_t first, int64_t count, int) {
+    const int64_t at = first * channels * element_size(kernel);
+    kernel.affine(static_cast<const char*>(a) + at, b ? static_cast<const char*>(b) + at : nullptr, coefficients,
+                  static_cast<char*>(y) + at, count, int(channels));
+  });
+}
+
+void matrix_add(const Kernel& kernel, const void* x, const void* matrix, const void* bias, const void* residual,
+                void* y, int64_t pixels, int64_t channels, int threads, Parallel parallel) {
+  const int64_t size = round_up(channels, kernel.tiles.panel);
+  const Arena arena((size * channels + size) * element_size(kernel));
+  char* padded = arena.data() + size * channels * element_size(kernel);
+  pack_matrix(kernel.tiles, kernel.dtype, matrix, channels, channels, false, arena.data());
+  std::memset(padded, 0, size * element_size(kernel));
+  std::memcpy(padded, bias, channels * element_size(kernel));
+  on_pixels(pixels, threads, parallel, [&](int64_t first, int64_t count, int) {
+    const int64_t at = first * channels * element_size(kernel);
+    kernel.matrix_add(static_cast<const char*>(x) + at, arena.data(), padded,
+                      residual ? static_cast<const char*>(residual) + at : nullptr, static_cast<char*>(y) + at, count,
+                      int(channels));
+  });
+}
+
 }  // namespace mnv2_fused
