@@ -60,8 +60,8 @@ def inverted_residual(
     """MobileNetV2's block as one op: 1x1 expand + ReLU6, 3x3 depthwise + ReLU6, 1x1 project (BN folded in).
 
     The expanded activation lives in registers and cache only. Outside the image it is 0 (the padding comes after the
-    first ReLU6). Gradients are those of `inverted_residual_reference`, recomputed; under forward-mode differentiation
-    that reference runs. Source: Sandler et al., CVPR 2018, section 3 and Table 1.
+    first ReLU6). Gradients are those of `inverted_residual_reference`, from its inputs alone; under forward-mode
+    differentiation that reference runs. Source: Sandler et al., CVPR 2018, section 3 and Table 1.
 
     Args:
         x: [N, C_in, H, W], float32 or float64, any strides; channels_last is read as it is, others are copied.
@@ -174,43 +174,39 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    """Recomputes the block in plain PyTorch and goes back through it; only what is asked for is computed."""
+    """Recomputes the block a few rows at a time and goes back through it; only what is asked for is computed."""
     x, we, be, wd, bd, wp, bp = ctx.saved_tensors
-    stride, dilation, padding, residual, project_relu6 = ctx.options
-    need = ctx.needs_input_grad
-    conv_backward, relu6_backward = torch.ops.aten.convolution_backward, torch.ops.aten.hardtanh_backward
-
-    def back(grad, inputs, weight, mask, stride=1, dilation=1, groups=1):
-        geometry = ([stride] * 2, [0, 0], [dilation] * 2, False, [0, 0], groups)
-        return conv_backward(grad, inputs, weight, [weight.shape[0]], *geometry, mask)
-
-    expanded = x if we is None else F.conv2d(x, we, be)
-    h = F.pad(x if we is None else F.relu6(expanded), padding)
-    filtered = F.conv2d(h, wd, bd, stride, 0, dilation, groups=h.shape[1])
-    d = F.relu6(filtered)
+    *geometry, residual, project_relu6 = ctx.options
+    need_x, need_we, need_be, need_wd, need_bd, need_wp, need_bp = need = ctx.needs_input_grad[:7]
     if project_relu6:
-        y = F.conv2d(d, wp, bp)
-        grad = relu6_backward(grad, y + x if residual else y, 0.0, 6.0)
-    below_expand = need[0] or need[1] or need[2]
-    below_filter = below_expand or need[3] or need[4]
-    grad_d, grad_wp, grad_bp = back(grad, d, wp, [below_filter, need[5], need[6]])
-    grad_x = grad_we = grad_be = grad_wd = grad_bd = None
-    if below_filter:
-        grad_d = relu6_backward(grad_d, filtered, 0.0, 6.0)
-        mask = [below_expand, need[3], need[4]]
-        grad_h, grad_wd, grad_bd = back(grad_d, h, wd, mask, stride, dilation, h.shape[1])
-    if below_expand:
-        left, right, top, bottom = padding
-        grad_x = F.pad(grad_h, (-left, -right, -top, -bottom))
-        if we is not None:
-            grad_e = relu6_backward(grad_x, expanded, 0.0, 6.0)
-            grad_x, grad_we, grad_be = back(grad_e, x, we, list(need[:3]))
-        if need[0] and residual:
-            grad_x = grad_x + grad
-    return grad_x if need[0] else None, grad_we, grad_be, grad_wd, grad_bd, grad_wp, grad_bp, *[None] * 5
+        y = _OPS.inverted_residual(x, we, be, wd, bd, wp, bp, *geometry, residual, False)
+        grad = torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
+    gradients = [None] * 7
+    if any(need[:6]):
+        one, zero = torch.ones_like(bd), torch.zeros_like(bd)
+        table = torch.stack([one, bd, zero, one, zero, zero])  # no BatchNorm: u = d + bd, dd = g
+        wanted = (
+            WANT_X * need_x | WANT_EXPAND * (need_we or need_be) | WANT_DEPTHWISE * need_wd | WANT_PROJECT * need_wp
+        )
+        dx, *sums = _OPS.block_gradients(grad, x, we, be, wd, wp, table, *geometry, wanted)
+        expand, depthwise, project, (total_d, _, total_e) = sums
+        gradients[:6] = (dx + grad if residual and need_x else dx), expand, total_e, depthwise, total_d, project.t()
+    gradients[6] = grad.sum((0, 2, 3)) if need_bp else None
+    return *map(_like, gradients, (x, we, be, wd, bd, wp, bp), need), *[None] * 5
+
+
+def _like(gradient: Tensor, tensor: Tensor, needed: bool) -> Tensor | None:
+    return gradient.to(tensor.dtype).reshape(tensor.shape) if needed else None
 
 
 torch.library.register_autograd("mnv2_fused::inverted_residual", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(*_) -> None:
+    raise RuntimeError(
+        "the gradient of a fused block has no derivative of its own (double backward); "
+        "set `fused = False`, or use inverted_residual_reference"
+    )
 
 
 @register_flop_formula(_OPS.inverted_residual, get_raw=True)
@@ -219,6 +215,65 @@ def _(x, we, be, wd, bd, wp, bp, *options, out_val=None, **_) -> int:
     pixels, out_pixels = batch * height * width, batch * out_val.shape[2] * out_val.shape[3]
     hidden, out_channels = wd.shape[0], wp.shape[0]
     return 2 * ((0 if we is None else pixels * channels * hidden) + out_pixels * hidden * (9 + out_channels))
+
+
+# ----------------------------------------------------------------------------------------------- kernels of training
+
+# Bits of `block_gradients`' last argument, as in csrc/ops.cpp.
+WANT_X, WANT_EXPAND, WANT_DEPTHWISE, WANT_PROJECT = 1, 2, 4, 8
+
+
+def _doubles(x: Tensor, *size: int) -> Tensor:
+    return x.new_empty(size, dtype=torch.float64)
+
+
+@torch.library.register_fake("mnv2_fused::moments")
+def _(x):
+    return _doubles(x, x.shape[1]), _doubles(x, x.shape[1], x.shape[1])
+
+
+@torch.library.register_fake("mnv2_fused::channel_moments")
+def _(x):
+    return _doubles(x, x.shape[1]), _doubles(x, x.shape[1])
+
+
+@torch.library.register_fake("mnv2_fused::channel_products")
+def _(a, b, center):
+    return _doubles(a, 2, a.shape[1])
+
+
+@torch.library.register_fake("mnv2_fused::affine")
+def _(a, b, coefficients):
+    return torch.empty_strided(a.shape, _channels_last_strides(a.shape), dtype=a.dtype, device=a.device)
+
+
+@torch.library.register_fake("mnv2_fused::matrix_add_")
+def _(y, x, matrix, bias, residual):
+    return None
+
+
+@torch.library.register_fake("mnv2_fused::filter_moments")
+def _(x, expand_weight, expand_bias, depthwise_weight, stride, dilation, padding):
+    return _doubles(x, depthwise_weight.shape[0]), _doubles(x, depthwise_weight.shape[0])
+
+
+@torch.library.register_fake("mnv2_fused::block_gradients")
+def _(
+    dz, x, expand_weight, expand_bias, depthwise_weight, project_weight, coefficients, stride, dilation, padding, wanted
+):
+    hidden = depthwise_weight.shape[0]
+    dx = x.new_empty(0)
+    if wanted & WANT_X:
+        dx = torch.empty_strided(x.shape, _channels_last_strides(x.shape), dtype=x.dtype, device=x.device)
+    expand = hidden if wanted & WANT_EXPAND and expand_weight is not None else 0
+    depthwise, project = (hidden if wanted & bit else 0 for bit in (WANT_DEPTHWISE, WANT_PROJECT))
+    return (
+        dx, _doubles(x, expand, x.shape[1]), _doubles(x, depthwise, 9), _doubles(x, project, project_weight.shape[0]),
+        _doubles(x, 3, hidden),
+    )  # fmt: skip
+
+
+torch.library.register_autograd("mnv2_fused::block_gradients", _no_second_derivative)
 
 
 # ------------------------------------------------------------------------------------------------- packed networks

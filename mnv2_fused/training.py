@@ -1,11 +1,12 @@
 """Training with batch statistics: a block as one op that keeps its input and its projection, nothing in between.
 
-With W the expansion, m and C the mean and the covariance of x, the statistics of e = W x are W m and diag(W C W^T): they
-need no pass over e, and e's BatchNorm goes into W. Those of d, the filtered h, take a pass of the kernel
-(`filter_moments`); then the block runs as at inference, up to its projection z. Backward recomputes h and d twice: once
-for the sums that the gradient of d's BatchNorm needs and the gradient of the projection, once for everything below. The
-gradient through e's BatchNorm closes again: with G the sum of ge x^T over the pixels and g that of ge, everything follows
-from G, g, m and C. (Ioffe and Szegedy 2015 for the BatchNorm; the kernels are csrc/cpu/training-inl.h.)
+With W the expansion, m and C the mean and the covariance of x, the statistics of e = W x are W m and diag(W C W^T):
+they need no pass over e, and e's BatchNorm goes into W. Those of d, the filtered h, take a pass of the kernel
+(`filter_moments`); then the block runs as at inference, up to its projection z. Backward recomputes h and d twice:
+once for the sums that the gradient of d's BatchNorm needs and the gradient of the projection, once for everything
+below. The gradient through e's BatchNorm closes again: with G the sum of ge x^T over the pixels and g that of ge,
+everything follows from G, g, m and C. (Ioffe and Szegedy 2015 for the BatchNorm; the kernels are in
+csrc/cpu/training-inl.h.)
 
 Everything per channel is computed in float64: it costs nothing beside the pixels.
 """
@@ -16,16 +17,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.functional import _verify_batch_size
 
 from . import network
 from .network import expect
-from .ops import _channels_last_strides, _output_shape
+from .ops import (
+    WANT_DEPTHWISE,
+    WANT_EXPAND,
+    WANT_PROJECT,
+    WANT_X,
+    _channels_last_strides,
+    _no_second_derivative,
+    _output_shape,
+)  # fmt: skip
 
 _OPS = torch.ops.mnv2_fused
-
-# Bits of `block_gradients`' last argument, as in csrc/ops.cpp.
-_WANT_X, _WANT_EXPAND, _WANT_DEPTHWISE, _WANT_PROJECT = 1, 2, 4, 8
 
 
 class Stage(NamedTuple):
@@ -106,7 +113,7 @@ class _Block:
         return _output_shape(self.x, *pair, d.weight, zeros[0], p.weight, zeros[1], *self.geometry, self.residual)
 
     def fold_expand(self, x_mean: Tensor, x_products: Tensor, e_mean: Tensor, e_var: Tensor) -> None:
-        """The expansion with its BatchNorm in it. A large mean of x leaves x first: e would lose its last digits to it."""
+        """The expansion with its BatchNorm in it. A large mean leaves x first: e would lose its last digits to it."""
         if self.expand.weight is None:
             return
         weight = self.expand.weight.double().flatten(1)
@@ -210,7 +217,7 @@ def _block_train_backward(dy, z, *arguments):
     block.fold_expand(x_mean, x_products, e_mean, e_var)
     norm = _Norm(depthwise, d_mean, d_var, count)
     below = want_x or any(want_e) or want_d[0]
-    bits = _WANT_X * want_x + _WANT_EXPAND * (want_x or any(want_e)) + _WANT_DEPTHWISE * want_d[0]
+    bits = WANT_X * want_x + WANT_EXPAND * (want_x or any(want_e)) + WANT_DEPTHWISE * want_d[0]
 
     def gradients(coefficients: tuple[Tensor, ...], bits: int) -> tuple[Tensor, ...]:
         table = torch.stack([norm.scale, norm.shift, norm.mean, *coefficients]).to(x.dtype)
@@ -220,7 +227,7 @@ def _block_train_backward(dy, z, *arguments):
 
     zero = torch.zeros_like(norm.scale)
     once = not norm.batch
-    first = gradients((norm.scale, zero, zero), (bits if once else 0) | _WANT_PROJECT * want_p[0])
+    first = gradients((norm.scale, zero, zero), (bits if once else 0) | WANT_PROJECT * want_p[0])
     *_, project_gradient, sums = first
     total, product = norm.sums(sums, x.dtype)
     result["depthwise_scale"], result["depthwise_shift"] = norm.rstd * product, total
@@ -234,7 +241,7 @@ def _block_train_backward(dy, z, *arguments):
         result["depthwise_weight"] = depthwise_gradient
         if expand.weight is None:
             result["x"] = dx
-        elif bits & _WANT_EXPAND:
+        elif bits & WANT_EXPAND:
             _expand_backward(block, x_mean, x_products, dx, dy, expand_gradient, sums[2], want_x, result)
         if want_x and block.residual and (expand.weight is None or not block.expand_norm.batch):
             result["x"] += dy
@@ -253,7 +260,7 @@ def _expand_backward(
     block: _Block, x_mean: Tensor, x_products: Tensor, dx: Tensor, dy: Tensor, gradient: Tensor, total: Tensor,
     want_x: bool, result: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Through e's BatchNorm, from G (`gradient`, over x as the kernel had it) and g (`total`); with the residual's dy."""
+    """Through e's BatchNorm, from G (`gradient`, over x as the kernel had it) and g (`total`)."""
     norm, weight = block.expand_norm, block.expand.weight.double().flatten(1)
     offset = torch.zeros_like(weight[0]) if block.center is None else block.center  # x = what the kernel had + offset
     if not norm.batch:
@@ -324,6 +331,7 @@ def _backward(ctx, dy, *_):
 
 
 _block_train.register_autograd(_backward, setup_context=_setup_context)
+_block_train_backward.register_autograd(_no_second_derivative)
 
 
 # ------------------------------------------------------------------------------------------------------- modules
@@ -351,7 +359,7 @@ def _check(root: nn.Module, x: Tensor) -> None:
             if tensor is not None and tensor.is_floating_point():
                 same = tensor.dtype == x.dtype and tensor.device == x.device
                 expect(same, f"a tensor inside is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
-    expect(x.dtype in _DTYPES, f"no kernel for {x.dtype}")
+    expect(x.dtype in _DTYPES and x.device.type == "cpu", f"no kernel for {x.dtype} on {x.device}")
 
 
 def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -372,16 +380,21 @@ def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
 def why_not(conv: nn.Module, x: Tensor, residual: bool) -> str:
     """Why `run_block` would refuse this call; "" when it would not."""
     try:
-        return network.why_no_op(x) or (_describe(conv, x, residual) and "")
+        _describe(conv, x, residual)
     except network.Unfusable as refusal:
         return str(refusal)
+    return ""
 
 
 def _describe(conv: nn.Module, x: Tensor, residual: bool) -> network.Stage:
+    if not is_compiling() and (reason := network.why_no_op(x)):
+        raise network.Unfusable(reason)
     stage = network.block(conv, residual)
     _check(conv, x)
     channels = stage.layer.in_channels
-    expect(x.shape[1] == channels, f"the input has {x.shape[1]} channels, not {channels}")
+    expect(x.dim() == 4 and x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
+    batch = any(stage_of.mean is None for stage_of in (_stage(*pair) for pair in stage.weights))
+    expect(batch or torch.is_grad_enabled(), "neither gradients nor statistics of the batch are asked for")
     return stage
 
 
@@ -396,9 +409,10 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     Raises:
         ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
     """
-    if why_not(conv, x, residual):
+    try:
+        layer, weights = _describe(conv, x, residual)
+    except network.Unfusable:
         return None
-    layer, weights = network.block(conv, residual)
     stages = [_NO_STAGE] * (3 - len(weights)) + [_stage(*pair) for pair in weights]
     sides = [layer.pad_left, layer.pad_right, layer.pad_top, layer.pad_bottom]
     batch, _, height, width = x.shape

@@ -900,7 +900,8 @@ def test_dropout_left_in_training() -> None:
 
 
 def test_training_is_the_composition() -> None:
-    model, x = settled().train(), images(4, 32, 32)
+    """In float64, where rounding does not carry values across the kinks of ReLU6."""
+    model, x = settled().double().train(), images(4, 32, 32).double()
     composition = copy.deepcopy(model)
     composition.fused = False
     outputs = []
@@ -908,11 +909,12 @@ def test_training_is_the_composition() -> None:
         torch.manual_seed(0)
         outputs.append(one(x))
         outputs[-1].square().mean().backward()
-    assert torch.equal(*outputs)
+    assert error(*outputs) < 1e-10
+    largest = max(float(p.grad.norm()) for p in composition.parameters())  # some gradients are 0 but for rounding
     for (name, p), q in zip(model.named_parameters(), composition.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad), name
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12 * largest, msg=name)
     for (name, b), c in zip(model.named_buffers(), composition.buffers(), strict=True):
-        assert torch.equal(b, c), name
+        torch.testing.assert_close(b, c, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_gradients_in_eval_mode() -> None:
