@@ -47,7 +47,8 @@ def _children(module: nn.Module, *types: type) -> list[nn.Module]:
     """The children of a Sequential, which must be of exactly these types."""
     children = list(module._modules.values())
     found = [type(child) for child in children]
-    expect(type(module) is nn.Sequential and found == list(types), f"{found} where {list(types)} was expected")
+    alike = [nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind for kind in found]
+    expect(type(module) is nn.Sequential and alike == list(types), f"{found} where {list(types)} was expected")
     return children
 
 
@@ -159,7 +160,7 @@ class _Packing:
         self._held = (dicts, sized, values, [t.detach() for t in parameters])
         self.packed, self.plan, self.reason, self.dtype = None, [], "", None
         try:
-            switched = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
+            switched = [m for m in modules if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.Dropout))]
             expect(not any(m.training for m in switched), "a BatchNorm or Dropout is in training mode")
             expect(not self._hooked, "a module inside has forward hooks")
             expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")

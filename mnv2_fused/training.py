@@ -52,12 +52,16 @@ _NAMES = ("expand", "depthwise", "project")
 _STAGES = ", ".join(
     ", ".join(f"Tensor? {name}_{field}" for field in Stage._fields[:-1]) + f", float {name}_eps" for name in _NAMES
 )
-_OPTIONS = "int stride, int dilation, int[] padding, bool residual"
-_STATISTICS = ("x_mean", "x_products", "e_mean", "e_var", "d_mean", "d_var", "z_mean", "z_var")
+_OPTIONS = "int stride, int dilation, int[] padding, bool residual, str group"
+# float64; empty where a norm is frozen. Counts of pixels of e and of z; what x is less by in the kernels; the mean of x
+# and its products of deviations from that mean (with a group: those of this process from the mean of all); means and
+# biased variances of the batch.
+_STATISTICS = ("counts", "x_center", "x_mean", "x_products", "e_mean", "e_var", "d_mean", "d_var", "z_mean", "z_var")
+_INPUTS = 3 * _FIELDS  # of the stages; the options follow
 
 
 def _split(values: tuple) -> tuple[Stage, Stage, Stage]:
-    return tuple(Stage(*values[i : i + _FIELDS]) for i in range(0, 3 * _FIELDS, _FIELDS))
+    return tuple(Stage(*values[i : i + _FIELDS]) for i in range(0, _INPUTS, _FIELDS))
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -69,10 +73,24 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _sum_over(group: str, tensor: Tensor) -> Tensor:
+    """The sum over the processes of a torch.distributed group, by its name; the tensor itself where there is none."""
+    if group:
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor, group=torch.distributed.distributed_c10d._resolve_process_group(group))
+    return tensor
+
+
+def _join(group: str, count: float, total: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all processes, from the mean and the squared deviations that this one found in `count`."""
+    joint = _sum_over(group, mean * count) / total if group else mean
+    return joint, _sum_over(group, squares + count * (mean - joint).square()) / total
+
+
 class _Norm:
     """A BatchNorm as the affine map that it is in this call, and back through it. `mean` and `var` are the batch's."""
 
-    def __init__(self, stage: Stage, mean: Tensor, var: Tensor, count: int) -> None:
+    def __init__(self, stage: Stage, mean: Tensor, var: Tensor, count: Tensor) -> None:
         self.batch = stage.mean is None
         self.count = count
         bias = 0.0 if stage.bias is None else stage.bias.double()  # of the convolution: the batch's mean takes it away
@@ -83,9 +101,9 @@ class _Norm:
         if stage.shift is not None:
             self.shift = self.shift + stage.shift.double()
 
-    def sums(self, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def sums(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """The sums of g and of g (v - mean) from a kernel's, which are about the mean as it was rounded for it."""
-        return sums[0], sums[1] + sums[0] * (self.mean.to(dtype).double() - self.mean)
+        return torch.stack([sums[0], sums[1] + sums[0] * (self.mean.to(dtype).double() - self.mean)])
 
     def backward(self, total: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """p, q, r of the gradient p g + q v + r of its input v, from the sums of g and of g (v - mean)."""
@@ -100,7 +118,7 @@ class _Block:
 
     def __init__(self, x: Tensor, stages: tuple[Stage, Stage, Stage], options: tuple) -> None:
         self.expand, self.depthwise, self.project = stages
-        self.stride, self.dilation, self.padding, self.residual = options
+        self.stride, self.dilation, self.padding, self.residual, self.group = options
         self.geometry = (self.stride, self.dilation, list(self.padding))
         self.x = self.centered = _dense(x)
         self.hidden, self.out_channels = self.depthwise.weight.shape[0], self.project.weight.shape[0]
@@ -112,47 +130,67 @@ class _Block:
         zeros = d.weight.new_empty(self.hidden), p.weight.new_empty(self.out_channels)
         return _output_shape(self.x, *pair, d.weight, zeros[0], p.weight, zeros[1], *self.geometry, self.residual)
 
-    def fold_expand(self, x_mean: Tensor, x_products: Tensor, e_mean: Tensor, e_var: Tensor) -> None:
-        """The expansion with its BatchNorm in it. A large mean leaves x first: e would lose its last digits to it."""
+    def fold_expand(self, count: Tensor, x_center: Tensor, e_mean: Tensor, e_var: Tensor) -> None:
+        """The expansion with its BatchNorm in it."""
         if self.expand.weight is None:
             return
         weight = self.expand.weight.double().flatten(1)
-        count = self.x.numel() // self.x.shape[1]
-        batch = self.expand.mean is None
         self.expand_norm = norm = _Norm(self.expand, e_mean, e_var, count)
-        shift, self.center = norm.shift, None
-        if batch and bool((x_mean.square() * count > 16 * x_products.diagonal()).any()):
-            self.center = x_mean.to(self.x.dtype).double()
-            self.centered = self.x - _column(self.center, self.x)
-            shift = shift + norm.scale * (weight @ self.center)
-        self.folded = norm.scale.view(-1, 1) * weight
-        self.pair = self.folded.to(self.x.dtype).view_as(self.expand.weight), shift.to(self.x.dtype)
+        shift = norm.shift
+        if bool(x_center.any()):
+            self.centered = self.x - _column(x_center, self.x)
+            shift = shift + norm.scale * (weight @ x_center)
+        folded = norm.scale.view(-1, 1) * weight
+        self.pair = folded.to(self.x.dtype).view_as(self.expand.weight), shift.to(self.x.dtype)
+
+    def expand_moments(self, total: Tensor) -> tuple[Tensor, ...]:
+        """x_center, x_mean, x_products, e_mean, e_var.
+
+        A large mean leaves x first, or e, and g summed over the pixels, would lose their last digits to it.
+        """
+        x, group = self.x, self.group
+        count = x.numel() // x.shape[1]
+        empty = x.new_empty(0, dtype=torch.float64)
+        if self.expand.mean is None:
+            mean, products = _OPS.moments(x)
+            squares = products.diagonal()
+        else:
+            mean, squares = _OPS.channel_moments(x)
+        large = bool((mean.square() * count > 16 * squares).any())
+        center = mean.to(x.dtype).to(mean.dtype, copy=True) if large else torch.zeros_like(mean)
+        if self.expand.mean is not None:
+            return center, *(empty.clone() for _ in range(4))
+        weight = self.expand.weight.double().flatten(1)
+        joint = _sum_over(group, mean * count) / total if group else mean
+        products = products + count * torch.outer(mean - joint, mean - joint) if group else products
+        var = ((weight @ _sum_over(group, products)) * weight).sum(1) / total
+        return center, joint, products, weight @ joint, var
 
 
 @torch.library.custom_op(
     "mnv2_fused::block_train",
     mutates_args=(),
-    schema=f"(Tensor x, {_STAGES}, {_OPTIONS}) -> ({', '.join(['Tensor'] * 10)})",
+    schema=f"(Tensor x, {_STAGES}, {_OPTIONS}) -> ({', '.join(['Tensor'] * (2 + len(_STATISTICS)))})",
 )
 def _block_train(x, *arguments):
-    """y, z; mean and centred products of x; mean and biased variance of e, d and z (empty where a norm is frozen)."""
-    block = _Block(x, _split(arguments[:-4]), arguments[-4:])
-    expand, depthwise, project = block.expand, block.depthwise, block.project
+    """y, z and the statistics."""
+    block = _Block(x, _split(arguments), arguments[_INPUTS:])
+    expand, depthwise, project, group = block.expand, block.depthwise, block.project, block.group
     shape = block.output_shape()
     count = shape[0] * shape[2] * shape[3]
     x = block.x
-    x_mean, x_products, e_mean, e_var, d_mean, d_var, z_mean, z_var = (
-        x.new_empty(0, dtype=torch.float64) for _ in _STATISTICS
-    )
-    if expand.weight is not None and expand.mean is None:
-        x_mean, x_products = _OPS.moments(x)
-        weight = expand.weight.double().flatten(1)
-        e_mean, e_var = weight @ x_mean, ((weight @ x_products) * weight).sum(1) / (x.numel() // x.shape[1])
-    block.fold_expand(x_mean, x_products, e_mean, e_var)
+    counts = x.new_tensor([x.numel() // x.shape[1], count], dtype=torch.float64)
+    counts = _sum_over(group, counts)
+    expand_statistics = tuple(x.new_empty(0, dtype=torch.float64) for _ in range(5))
+    d_mean, d_var, z_mean, z_var = (x.new_empty(0, dtype=torch.float64) for _ in range(4))
+    if expand.weight is not None:
+        expand_statistics = block.expand_moments(counts[0])
+    x_center, _, _, e_mean, e_var = expand_statistics
+    block.fold_expand(counts[0], x_center, e_mean, e_var)
     if depthwise.mean is None:
-        d_mean, squares = _OPS.filter_moments(block.centered, *block.pair, depthwise.weight, *block.geometry)
-        d_var = squares / count
-    norm = _Norm(depthwise, d_mean, d_var, count)
+        moments = _OPS.filter_moments(block.centered, *block.pair, depthwise.weight, *block.geometry)
+        d_mean, d_var = _join(group, count, counts[1], *moments)
+    norm = _Norm(depthwise, d_mean, d_var, counts[1])
     filters = (norm.scale.view(-1, 1, 1, 1) * depthwise.weight.double()).to(x.dtype)
     bias = x.new_zeros(block.out_channels) if project.bias is None else project.bias
     z = _OPS.inverted_residual(
@@ -160,30 +198,34 @@ def _block_train(x, *arguments):
         *block.geometry, False, False,
     )  # fmt: skip
     if project.mean is None:
-        z_mean, squares = _OPS.channel_moments(z)
-        z_var = squares / count
-    norm = _Norm(project._replace(bias=None), z_mean, z_var, count)
+        z_mean, z_var = _join(group, count, counts[1], *_OPS.channel_moments(z))
+    norm = _Norm(project._replace(bias=None), z_mean, z_var, counts[1])
     table = torch.stack([norm.scale, torch.ones_like(norm.scale), norm.shift]).to(x.dtype)
     y = _OPS.affine(z, x if block.residual else None, table)
-    return y, z, x_mean, x_products, e_mean, e_var, d_mean, d_var, z_mean, z_var
+    return y, z, counts, *expand_statistics, d_mean, d_var, z_mean, z_var
 
 
 @_block_train.register_fake
 def _(x, *arguments):
-    block = _Block(x, _split(arguments[:-4]), arguments[-4:])
+    stages = expand, depthwise, project = _split(arguments)
+    block = _Block(x, stages, arguments[_INPUTS:])
     shape = block.output_shape()
-    outputs = [torch.empty_strided(shape, _channels_last_strides(shape), dtype=x.dtype, device=x.device)] * 2
-    outputs = [t.clone() for t in outputs]
 
-    def statistic(stage: Stage, *size: int) -> Tensor:
-        wanted = stage.weight is not None and stage.mean is None
+    def statistic(wanted: bool, *size: int) -> Tensor:
         return x.new_empty(size if wanted else (0,), dtype=torch.float64)
 
+    batch = [stage.weight is not None and stage.mean is None for stage in stages]
     channels = x.shape[1]
-    outputs += [statistic(block.expand, channels), statistic(block.expand, channels, channels)]
-    for stage, size in zip(_split(arguments[:-4]), (block.hidden, block.hidden, block.out_channels), strict=True):
-        outputs += [statistic(stage, size), statistic(stage, size)]
-    return tuple(outputs)
+    return (
+        *(torch.empty_strided(shape, _channels_last_strides(shape), dtype=x.dtype, device=x.device) for _ in range(2)),
+        statistic(True, 2),
+        statistic(expand.weight is not None, channels),
+        statistic(batch[0], channels),
+        statistic(batch[0], channels, channels),
+        *(statistic(batch[0], block.hidden) for _ in range(2)),
+        *(statistic(batch[1], block.hidden) for _ in range(2)),
+        *(statistic(batch[2], block.out_channels) for _ in range(2)),
+    )
 
 
 # Gradients in the order of the arguments that have one: x, then weight, bias, scale and shift of each stage.
@@ -198,24 +240,24 @@ _GRADIENTS = 1 + 3 * 4
 )
 def _block_train_backward(dy, z, *arguments):
     """The gradients that are wanted; the others are empty."""
-    x_mean, x_products, e_mean, e_var, d_mean, d_var, z_mean, z_var, wanted, x, *rest = arguments
-    block = _Block(x, _split(tuple(rest[:-4])), tuple(rest[-4:]))
-    expand, depthwise, project = block.expand, block.depthwise, block.project
+    counts, x_center, x_mean, x_products, e_mean, e_var, d_mean, d_var, z_mean, z_var, wanted, x, *rest = arguments
+    block = _Block(x, _split(tuple(rest)), tuple(rest[_INPUTS:]))
+    expand, depthwise, project, group = block.expand, block.depthwise, block.project, block.group
     x, dy = block.x, _dense(dy)
-    count = dy.numel() // block.out_channels
     (want_x,), want_e, want_d, want_p = wanted[:1], wanted[1:5], wanted[5:9], wanted[9:]
     result: dict[str, Tensor] = {}
 
     # z's BatchNorm, over narrow tensors.
-    norm = _Norm(project._replace(bias=None), z_mean, z_var, count)
-    total, product = norm.sums(_OPS.channel_products(dy, z, norm.mean.to(x.dtype)), x.dtype)
-    result["project_scale"], result["project_shift"] = norm.rstd * product, total
-    result["project_bias"] = torch.zeros_like(total) if norm.batch else norm.scale * total
-    dz = _OPS.affine(dy, z if norm.batch else None, torch.stack(norm.backward(total, product)).to(x.dtype))
+    norm = _Norm(project._replace(bias=None), z_mean, z_var, counts[1])
+    sums = norm.sums(_OPS.channel_products(dy, z, norm.mean.to(x.dtype)), x.dtype)
+    result["project_scale"], result["project_shift"] = norm.rstd * sums[1], sums[0]
+    result["project_bias"] = torch.zeros_like(sums[0]) if norm.batch else norm.scale * sums[0]
+    coefficients = norm.backward(*_sum_over(group if norm.batch else "", sums))
+    dz = _OPS.affine(dy, z if norm.batch else None, torch.stack(coefficients).to(x.dtype))
 
     # The recomputed part: with batch statistics once for d's sums, once more for what is below; else once for all.
-    block.fold_expand(x_mean, x_products, e_mean, e_var)
-    norm = _Norm(depthwise, d_mean, d_var, count)
+    block.fold_expand(counts[0], x_center, e_mean, e_var)
+    norm = _Norm(depthwise, d_mean, d_var, counts[1])
     below = want_x or any(want_e) or want_d[0]
     bits = WANT_X * want_x + WANT_EXPAND * (want_x or any(want_e)) + WANT_DEPTHWISE * want_d[0]
 
@@ -229,20 +271,20 @@ def _block_train_backward(dy, z, *arguments):
     once = not norm.batch
     first = gradients((norm.scale, zero, zero), (bits if once else 0) | WANT_PROJECT * want_p[0])
     *_, project_gradient, sums = first
-    total, product = norm.sums(sums, x.dtype)
-    result["depthwise_scale"], result["depthwise_shift"] = norm.rstd * product, total
-    result["depthwise_bias"] = norm.scale * total if once else zero
+    sums = norm.sums(sums, x.dtype)
+    result["depthwise_scale"], result["depthwise_shift"] = norm.rstd * sums[1], sums[0]
+    result["depthwise_bias"] = norm.scale * sums[0] if once else zero
     if want_p[0]:
         result["project_weight"] = project_gradient.t()
     if below:
         dx, expand_gradient, depthwise_gradient, _, sums = (
-            first if once else gradients(norm.backward(total, product), bits)
+            first if once else gradients(norm.backward(*_sum_over(group, sums)), bits)
         )
         result["depthwise_weight"] = depthwise_gradient
         if expand.weight is None:
             result["x"] = dx
         elif bits & WANT_EXPAND:
-            _expand_backward(block, x_mean, x_products, dx, dy, expand_gradient, sums[2], want_x, result)
+            _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient, sums[2], want_x, result)
         if want_x and block.residual and (expand.weight is None or not block.expand_norm.batch):
             result["x"] += dy
 
@@ -257,31 +299,35 @@ def _block_train_backward(dy, z, *arguments):
 
 
 def _expand_backward(
-    block: _Block, x_mean: Tensor, x_products: Tensor, dx: Tensor, dy: Tensor, gradient: Tensor, total: Tensor,
-    want_x: bool, result: dict[str, Tensor],
+    block: _Block, x_center: Tensor, x_mean: Tensor, x_products: Tensor, dx: Tensor, dy: Tensor, gradient: Tensor,
+    total: Tensor, want_x: bool, result: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Through e's BatchNorm, from G (`gradient`, over x as the kernel had it) and g (`total`)."""
-    norm, weight = block.expand_norm, block.expand.weight.double().flatten(1)
-    offset = torch.zeros_like(weight[0]) if block.center is None else block.center  # x = what the kernel had + offset
-    if not norm.batch:
-        gradient = gradient + total.view(-1, 1) * offset
-        product = (gradient * weight).sum(1) - total * norm.mean
-        result["expand_weight"] = norm.scale.view(-1, 1) * gradient
-        result["expand_scale"], result["expand_shift"] = norm.rstd * product, total
-        result["expand_bias"] = norm.scale * total
-        if want_x:
-            result["x"] = dx
-        return
-    mean = x_mean - offset  # of what the kernel had
-    about_mean = gradient - total.view(-1, 1) * mean  # the sum of ge (x - mean)
+    """Through e's BatchNorm, from G (`gradient`, over x less its center, as the kernel had it) and g (`total`)."""
+    norm, weight, group = block.expand_norm, block.expand.weight.double().flatten(1), block.group
+    mean = x_mean if norm.batch else x_center
+    about_mean = gradient - total.view(-1, 1) * (mean - x_center)  # the sum of ge (x - mean)
     product = (about_mean * weight).sum(1)
-    q = norm.scale * norm.rstd.square() * product / norm.count
+    if not norm.batch:
+        product += total * (weight @ x_center - norm.mean)
+        result["expand_weight"] = norm.scale.view(-1, 1) * (about_mean + total.view(-1, 1) * mean)
+        result["expand_bias"] = norm.scale * total
+        result["x"] = dx
     result["expand_scale"], result["expand_shift"] = norm.rstd * product, total
+    if not norm.batch:
+        return
+    joint_total, joint_product = _sum_over(group, torch.stack([total, product]))
+    q = norm.scale * norm.rstd.square() * joint_product / norm.count
     result["expand_bias"] = torch.zeros_like(total)
     result["expand_weight"] = norm.scale.view(-1, 1) * about_mean - q.view(-1, 1) * (weight @ x_products)
+    if group:  # of one process alone, the deviations of x and those of the gradient do not add up to 0
+        count = block.x.numel() // block.x.shape[1]
+        deviation = count * (_OPS.channel_moments(block.x)[0] - mean)
+        constant = norm.scale * joint_total / norm.count
+        result["expand_weight"] += torch.outer(norm.scale * total - constant * count - q * (weight @ deviation), mean)
+        result["expand_weight"] -= torch.outer(constant, deviation)
     if want_x:
         slope = weight.t() @ (q.view(-1, 1) * weight)
-        constant = (norm.scale * total / norm.count) @ weight - slope @ mean
+        constant = (norm.scale * joint_total / norm.count) @ weight - slope @ (mean - x_center)
         residual = dy if block.residual else None
         _OPS.matrix_add_(dx, block.centered, -slope.to(dx.dtype), -constant.to(dx.dtype), residual)
         result["x"] = dx
@@ -290,7 +336,7 @@ def _expand_backward(
 @_block_train_backward.register_fake
 def _(dy, z, *arguments):
     wanted, x, *rest = arguments[len(_STATISTICS) :]
-    like = [x] + [getattr(stage, field) for stage in _split(tuple(rest[:-4])) for field in Stage._fields[:4]]
+    like = [x] + [getattr(stage, field) for stage in _split(tuple(rest)) for field in Stage._fields[:4]]
     outputs = []
     for asked, t in zip(wanted, like, strict=True):
         if not asked:
@@ -304,9 +350,9 @@ def _(dy, z, *arguments):
 
 def _setup_context(ctx, inputs, output) -> None:
     x, *arguments = inputs
-    stages = _split(tuple(arguments[:-4]))
+    stages = _split(tuple(arguments))
     ctx.save_for_backward(x, *(t for stage in stages for t in stage[:-1]), *output[1:])
-    ctx.eps, ctx.options = [stage.eps for stage in stages], arguments[-4:]
+    ctx.eps, ctx.options = [stage.eps for stage in stages], arguments[_INPUTS:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -318,7 +364,7 @@ def _backward(ctx, dy, *_):
     needs = ctx.needs_input_grad
     positions = [0] + [1 + i * _FIELDS + field for i in range(3) for field in range(4)]
     wanted = [needs[i] for i in positions]
-    none = [None] * (1 + 3 * _FIELDS + 4)
+    none = [None] * (1 + _INPUTS + len(ctx.options))
     if dy is None or not any(wanted):
         return tuple(none)
     z, *statistics = saved[3 * tensors :]
@@ -362,7 +408,7 @@ def _check(root: nn.Module, x: Tensor) -> None:
     expect(x.dtype in _DTYPES and x.device.type == "cpu", f"no kernel for {x.dtype} on {x.device}")
 
 
-def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """Running statistics as nn.BatchNorm2d.forward leaves them."""
     if not bn.training or not bn.track_running_stats or bn.running_mean is None:
         return
@@ -375,6 +421,20 @@ def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
         factor = 0.0 if factor is None else factor
         bn.running_mean.mul_(1 - factor).add_(mean, alpha=factor)
         bn.running_var.mul_(1 - factor).add_(var * (count / (count - 1)), alpha=factor)
+
+
+def _group(norms: list[nn.Module]) -> str:
+    """The name of the process group over which the SyncBatchNorms among them take their statistics; "" for none."""
+    groups = set()
+    for bn in norms:
+        group = ""
+        if bn.training and type(bn) is nn.SyncBatchNorm and torch.distributed.is_initialized():
+            chosen = bn.process_group or torch.distributed.group.WORLD
+            group = chosen.group_name if torch.distributed.get_world_size(chosen) > 1 else ""
+        if bn.training or bn.running_mean is None:
+            groups.add(group)
+    expect(len(groups) <= 1, "BatchNorms that take their statistics over different processes")
+    return groups.pop() if groups else ""
 
 
 def why_not(conv: nn.Module, x: Tensor, residual: bool) -> str:
@@ -393,7 +453,8 @@ def _describe(conv: nn.Module, x: Tensor, residual: bool) -> network.Stage:
     _check(conv, x)
     channels = stage.layer.in_channels
     expect(x.dim() == 4 and x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
-    batch = any(stage_of.mean is None for stage_of in (_stage(*pair) for pair in stage.weights))
+    _group([bn for _, bn in stage.weights])
+    batch = any(_stage(*pair).mean is None for pair in stage.weights)
     expect(batch or torch.is_grad_enabled(), "neither gradients nor statistics of the batch are asked for")
     return stage
 
@@ -413,7 +474,9 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
         layer, weights = _describe(conv, x, residual)
     except network.Unfusable:
         return None
+    norms = [None] * (3 - len(weights)) + [bn for _, bn in weights]
     stages = [_NO_STAGE] * (3 - len(weights)) + [_stage(*pair) for pair in weights]
+    group = _group(norms[3 - len(weights) :])
     sides = [layer.pad_left, layer.pad_right, layer.pad_top, layer.pad_bottom]
     batch, _, height, width = x.shape
     reach = 2 * layer.dilation + 1
@@ -421,14 +484,12 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     out_width = (width + layer.pad_left + layer.pad_right - reach) // layer.stride + 1
     expect_input, expect_output = (batch, layer.hidden_channels, height, width), (batch, 1, out_height, out_width)
     for stage, size in zip(stages, (expect_input, expect_output, expect_output), strict=True):
-        if stage.weight is not None and stage.mean is None:
+        if stage.weight is not None and stage.mean is None and not group:
             _verify_batch_size([size[0], stage.weight.shape[0], *size[2:]])
-    y, _, _, _, *statistics = _OPS.block_train(
-        x, *(value for stage in stages for value in stage), layer.stride, layer.dilation, sides, residual
+    y, _, counts, _, _, _, *statistics = _OPS.block_train(
+        x, *(value for stage in stages for value in stage), layer.stride, layer.dilation, sides, residual, group
     )
-    norms = [None] * (3 - len(weights)) + [bn for _, bn in weights]
-    counts = (batch * height * width, batch * out_height * out_width, batch * out_height * out_width)
-    for i, (bn, count) in enumerate(zip(norms, counts, strict=True)):
+    for i, bn in enumerate(norms):
         if bn is not None:
-            _update(bn, statistics[2 * i], statistics[2 * i + 1], count)
+            _update(bn, statistics[2 * i], statistics[2 * i + 1], counts[min(i, 1)])
     return y
