@@ -196,7 +196,14 @@ class MobileNetV2(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, [N, num_features, ceil(H/32), ceil(W/32)] with the paper's strides."""
         y = self._features_chain(self, x) if self.fused else None
-        return self.features(x) if y is None else y
+        if y is not None:
+            return y
+        if not self.fused or training.has_hooks(self.features) or type(self.features) is not nn.Sequential:
+            return self.features(x)
+        for module in self.features:
+            y = None if isinstance(module, InvertedResidual) else training.run_conv_bn_relu6(module, x)
+            x = module(x) if y is None else y
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Global average pool of a feature map, then the classifier unless `pre_logits`."""

@@ -101,6 +101,10 @@ class _Norm:
         if stage.shift is not None:
             self.shift = self.shift + stage.shift.double()
 
+    def of(self, v: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The norm of v, plus the residual."""
+        return _OPS.affine(v, residual, torch.stack([self.scale, torch.ones_like(self.scale), self.shift]).to(v.dtype))
+
     def sums(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """The sums of g and of g (v - mean) from a kernel's, which are about the mean as it was rounded for it."""
         return torch.stack([sums[0], sums[1] + sums[0] * (self.mean.to(dtype).double() - self.mean)])
@@ -200,8 +204,7 @@ def _block_train(x, *arguments):
     if project.mean is None:
         z_mean, z_var = _join(group, count, counts[1], *_OPS.channel_moments(z))
     norm = _Norm(project._replace(bias=None), z_mean, z_var, counts[1])
-    table = torch.stack([norm.scale, torch.ones_like(norm.scale), norm.shift]).to(x.dtype)
-    y = _OPS.affine(z, x if block.residual else None, table)
+    y = norm.of(z, x if block.residual else None)
     return y, z, counts, *expand_statistics, d_mean, d_var, z_mean, z_var
 
 
@@ -380,6 +383,95 @@ _block_train.register_autograd(_backward, setup_context=_setup_context)
 _block_train_backward.register_autograd(_no_second_derivative)
 
 
+# ------------------------------------------------------------------------------------------------- stem and head
+
+_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? var, float eps"
+_CONV_OPTIONS = "int[] stride, int[] padding, str group"
+
+
+@torch.library.custom_op(
+    "mnv2_fused::conv_bn_relu6",
+    mutates_args=(),
+    schema=f"({_CONV}, {_CONV_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _conv_bn_relu6(x, *arguments):
+    """relu6 of the norm of a convolution; e, the convolution itself; the count, mean and variance of e."""
+    stage, (stride, padding, group) = Stage(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    e = _dense(torch.conv2d(_dense(x), stage.weight, stage.bias, stride, padding))
+    local = e.numel() // e.shape[1]
+    count = _sum_over(group, x.new_full((1,), local, dtype=torch.float64))
+    e_mean, e_var = (x.new_empty(0, dtype=torch.float64) for _ in range(2))
+    if stage.mean is None:
+        e_mean, e_var = _join(group, local, count, *_OPS.channel_moments(e))
+    norm = _Norm(stage._replace(bias=None), e_mean, e_var, count)
+    return norm.of(e).clamp_(0, 6), e, count, e_mean, e_var
+
+
+@_conv_bn_relu6.register_fake
+def _(x, *arguments):
+    stage, (stride, padding, _) = Stage(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    shape = torch.conv2d(x, stage.weight, None, stride, padding).shape
+    statistic = x.new_empty(shape[1] if stage.mean is None else 0, dtype=torch.float64)
+    return (
+        *(torch.empty_strided(shape, _channels_last_strides(shape), dtype=x.dtype, device=x.device) for _ in range(2)),
+        x.new_empty(1, dtype=torch.float64), statistic, torch.empty_like(statistic),
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "mnv2_fused::conv_bn_relu6_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor e, Tensor count, Tensor e_mean, Tensor e_var, bool[] wanted, {_CONV}, {_CONV_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _conv_bn_relu6_backward(dy, e, count, e_mean, e_var, wanted, x, *arguments):
+    """The gradients of x, weight, bias, scale and shift that are wanted; the others are empty."""
+    stage, (stride, padding, group) = Stage(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    norm = _Norm(stage._replace(bias=None), e_mean, e_var, count)
+    g = torch.ops.aten.hardtanh_backward(_dense(dy), norm.of(e), 0.0, 6.0)
+    sums = norm.sums(_OPS.channel_products(g, e, norm.mean.to(x.dtype)), x.dtype)
+    coefficients = norm.backward(*_sum_over(group if norm.batch else "", sums))
+    de = _OPS.affine(g, e if norm.batch else None, torch.stack(coefficients).to(x.dtype))
+    del g
+    dx, weight, _ = torch.ops.aten.convolution_backward(
+        de, _dense(x), stage.weight, None, stride, padding, [1, 1], False, [0, 0], 1, [*wanted[:2], False]
+    )
+    bias = torch.zeros_like(sums[0]) if norm.batch else norm.scale * sums[0]
+    found = (dx, weight, bias, norm.rstd * sums[1], sums[0].clone())
+    like = (x, stage.weight, stage.bias, stage.scale, stage.shift)
+    return tuple(
+        gradient.to(t.dtype) if asked else x.new_empty(0)
+        for gradient, t, asked in zip(found, like, wanted, strict=True)
+    )
+
+
+@_conv_bn_relu6_backward.register_fake
+def _(dy, e, count, e_mean, e_var, wanted, x, weight, bias, scale, shift, *_):
+    like = (x, weight, bias, scale, shift)
+    return tuple(torch.empty_like(t) if asked else x.new_empty(0) for asked, t in zip(wanted, like, strict=True))
+
+
+def _conv_setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:_FIELDS], *output[1:])  # x and the tensors of the stage; eps follows them
+    ctx.options = inputs[_FIELDS:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _conv_backward(ctx, dy, *_):
+    inputs, outputs = ctx.saved_tensors[:_FIELDS], ctx.saved_tensors[_FIELDS:]
+    gradients = [None] * (len(inputs) + len(ctx.options))
+    wanted = list(ctx.needs_input_grad[:5])
+    if dy is not None and any(wanted):
+        found = _OPS.conv_bn_relu6_backward(dy, *outputs, wanted, *inputs, *ctx.options)
+        gradients[:5] = (gradient if asked else None for gradient, asked in zip(found, wanted, strict=True))
+    return tuple(gradients)
+
+
+_conv_bn_relu6.register_autograd(_conv_backward, setup_context=_conv_setup_context)
+_conv_bn_relu6_backward.register_autograd(_no_second_derivative)
+
+
 # ------------------------------------------------------------------------------------------------------- modules
 
 _DTYPES = (torch.float32, torch.float64)
@@ -395,12 +487,16 @@ def _stage(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Stage:
 _NO_STAGE = Stage(None, None, None, None, None, None, 0.0)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module itself, its children aside, does more than its type says."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _check(root: nn.Module, x: Tensor) -> None:
     """Unfusable where the modules inside do more, or other things, than their types say."""
     expect(not network.global_hooks(), "there are global forward hooks")
     for module in root.modules():
-        expect("forward" not in module.__dict__, "a module inside has a forward of its own")
-        expect(not any(getattr(module, hooks) for hooks in _HOOKS), "a module inside has hooks")
+        expect(not has_hooks(module), "a module inside has hooks or a forward of its own")
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.is_floating_point():
                 same = tensor.dtype == x.dtype and tensor.device == x.device
@@ -492,4 +588,33 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     for i, bn in enumerate(norms):
         if bn is not None:
             _update(bn, statistics[2 * i], statistics[2 * i + 1], counts[min(i, 1)])
+    return y
+
+
+def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The stem or the head, [convolution, BatchNorm, ReLU6], as one op; None where it cannot run so.
+
+    x is [N, C, H, W]. Of the three activations that the modules would keep for backward, one is kept beside the result.
+
+    Raises:
+        ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
+    """
+    try:
+        expect(is_compiling() or not network.why_no_op(x), "")
+        conv, bn = network.conv_bn_relu6(module)
+        _check(module, x)
+        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        expect(plain and not isinstance(conv.padding, str) and x.shape[1] == conv.in_channels, "")
+        stage, group = _stage(conv, bn), _group([bn])
+        expect(stage.mean is None or torch.is_grad_enabled(), "")
+    except network.Unfusable:
+        return None
+    if stage.mean is None and not group:
+        height, width = (
+            (n + 2 * p - k) // s + 1
+            for n, p, k, s in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+        )
+        _verify_batch_size([x.shape[0], conv.out_channels, height, width])
+    y, _, count, mean, var = _OPS.conv_bn_relu6(x, *stage, conv.stride, conv.padding, group)
+    _update(bn, mean, var, count)
     return y
