@@ -365,7 +365,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
   pass.project_weight = project.data_ptr();
   pass.coefficients = dense.data_ptr();
 
-  const auto want = [&](int64_t bit, int64_t rows) { return doubles({wanted & bit ? hidden : 0, rows}, x); };
+  const auto want = [&](int64_t bit, int64_t rows) { return doubles({wanted & bit ? rows : 0, hidden}, x); };
   const bool any = x.size(0) > 0;
   const Tensor dx = wanted & kDx ? new_tensor({x.size(0), in, x.size(2), x.size(3)}, x, MemoryFormat::ChannelsLast)
                                  : new_tensor({0}, x, MemoryFormat::Contiguous);

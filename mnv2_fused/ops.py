@@ -190,7 +190,7 @@ def _backward(ctx, grad: Tensor):
         )
         dx, *sums = _OPS.block_gradients(grad, x, we, be, wd, wp, table, *geometry, wanted)
         expand, depthwise, project, (total_d, _, total_e) = sums
-        gradients[:6] = (dx + grad if residual and need_x else dx), expand, total_e, depthwise, total_d, project.t()
+        gradients[:6] = (dx + grad if residual and need_x else dx), expand.t(), total_e, depthwise.t(), total_d, project
     gradients[6] = grad.sum((0, 2, 3)) if need_bp else None
     return *map(_like, gradients, (x, we, be, wd, bd, wp, bp), need), *[None] * 5
 
@@ -265,12 +265,11 @@ def _(
     dx = x.new_empty(0)
     if wanted & WANT_X:
         dx = torch.empty_strided(x.shape, _channels_last_strides(x.shape), dtype=x.dtype, device=x.device)
-    expand = hidden if wanted & WANT_EXPAND and expand_weight is not None else 0
-    depthwise, project = (hidden if wanted & bit else 0 for bit in (WANT_DEPTHWISE, WANT_PROJECT))
-    return (
-        dx, _doubles(x, expand, x.shape[1]), _doubles(x, depthwise, 9), _doubles(x, project, project_weight.shape[0]),
-        _doubles(x, 3, hidden),
-    )  # fmt: skip
+    rows = ((WANT_EXPAND, x.shape[1]), (WANT_DEPTHWISE, 9), (WANT_PROJECT, project_weight.shape[0]))
+    expand, depthwise, project = (_doubles(x, size if wanted & bit else 0, hidden) for bit, size in rows)
+    if expand_weight is None:
+        expand = _doubles(x, 0, hidden)
+    return dx, expand, depthwise, project, _doubles(x, 3, hidden)
 
 
 torch.library.register_autograd("mnv2_fused::block_gradients", _no_second_derivative)

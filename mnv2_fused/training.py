@@ -278,16 +278,16 @@ def _block_train_backward(dy, z, *arguments):
     result["depthwise_scale"], result["depthwise_shift"] = norm.rstd * sums[1], sums[0]
     result["depthwise_bias"] = norm.scale * sums[0] if once else zero
     if want_p[0]:
-        result["project_weight"] = project_gradient.t()
+        result["project_weight"] = project_gradient
     if below:
         dx, expand_gradient, depthwise_gradient, _, sums = (
             first if once else gradients(norm.backward(*_sum_over(group, sums)), bits)
         )
-        result["depthwise_weight"] = depthwise_gradient
+        result["depthwise_weight"] = depthwise_gradient.t()
         if expand.weight is None:
             result["x"] = dx
         elif bits & WANT_EXPAND:
-            _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient, sums[2], want_x, result)
+            _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient.t(), sums[2], want_x, result)
         if want_x and block.residual and (expand.weight is None or not block.expand_norm.batch):
             result["x"] += dy
 

@@ -227,13 +227,14 @@ struct Runner {
     const Step& s = t.step;
     const int64_t channels = s.hidden_channels;
     const auto gather = [&](const Accumulator& from, double* to) {
-      for (int64_t c = 0; from.rows && c < channels; ++c) {
+      for (int64_t c = 0; from.rows && c < channels; c += panel) {
+        const int64_t width = std::min(panel, channels - c);
         for (int64_t i = 0; i < from.rows; ++i) {
-          double sum = 0;
+          double* row = to + i * channels + c;
           for (int w = 0; w < workers; ++w) {
-            sum += own<double>(w, from.exact)[(c / panel * from.rows + i) * panel + c % panel];
+            const double* found = own<double>(w, from.exact) + (c / panel * from.rows + i) * panel;
+            for (int64_t j = 0; j < width; ++j) row[j] = w ? row[j] + found[j] : found[j];
           }
-          to[c * from.rows + i] = sum;
         }
       }
     };
