@@ -1,7 +1,8 @@
 """`pytest bench`: what the block and model benchmarks share. Verification may fail; a time never does.
 
 Threads are torch's: OMP_NUM_THREADS=1 pytest bench times one. Beside pytest-benchmark's table a summary gives GMAC/s
-and the share of this machine's FMA peak, measured before each benchmark: the median so far.
+and the share of this machine's FMA peak, measured before each benchmark: the median so far. Training, whose
+multiply-adds have no agreed count, is in the table only.
 """
 
 from __future__ import annotations
@@ -43,19 +44,34 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[mnv2_fused.ops.Kernel], 
 
 @pytest.fixture
 def measure(benchmark: Any) -> Callable[..., None]:
-    """measure(group, macs, call): times call() and adds GMAC/s and the share of the peak to the report."""
+    """measure(group, macs, call): times call() and adds GMAC/s and the share of the peak to the report.
 
-    def measure(group: str, macs: int, call: Callable[[], object], dtype: torch.dtype = torch.float32) -> None:
+    Where macs is None there is nothing to add. With `setup`, each time anew, call(setup()) is timed.
+    """
+
+    def measure(
+        group: str,
+        macs: int | None,
+        call: Callable[..., object],
+        dtype: torch.dtype = torch.float32,
+        setup: Callable[[], object] | None = None,
+    ) -> None:
         benchmark.group = group
         threads = torch.get_num_threads()
-        call()
+
+        def arguments() -> tuple[tuple[object, ...], dict[str, object]]:
+            return (setup(),) if setup else (), {}
+
+        call(*arguments()[0])
+        ready, _ = arguments()
         start = time.perf_counter()
-        call()
-        rounds = int(SECONDS / (time.perf_counter() - start))
-        _PEAKS.setdefault(dtype, []).append(engine.fma_peak(engine.best_kernel(dtype), threads))
-        peak = statistics.median(_PEAKS[dtype])
-        benchmark.pedantic(call, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS), warmup_rounds=1)
-        if benchmark.stats:  # None with --benchmark-disable
+        call(*ready)
+        rounds = min(max(int(SECONDS / (time.perf_counter() - start)), MIN_ROUNDS), MAX_ROUNDS)
+        if macs:
+            _PEAKS.setdefault(dtype, []).append(engine.fma_peak(engine.best_kernel(dtype), threads))
+        benchmark.pedantic(call, setup=arguments, rounds=rounds, warmup_rounds=1)
+        if macs and benchmark.stats:  # None with --benchmark-disable
+            peak = statistics.median(_PEAKS[dtype])
             gmacs = macs / benchmark.stats.stats.median / 1e9
             benchmark.extra_info |= {
                 "gmacs": gmacs,

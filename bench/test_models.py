@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import mnv2_fused
-from mnv2_fused import benchmark as engine
 from mnv2_fused.peers import RUNNERS
+from mnv2_fused.tasks import TOLERANCE, Inference
 from mnv2_fused.weights import random_model
 
 KERNELS = {kernel.name: kernel for kernel in mnv2_fused.kernels() if kernel.dtype == torch.float32}
@@ -26,7 +26,7 @@ def case(request: pytest.FixtureRequest) -> tuple[mnv2_fused.MobileNetV2, torch.
     generator = torch.Generator().manual_seed(0)
     model = random_model(torch.randn(8, 3, 64, 64, generator=generator))
     images = torch.randn(request.param, 3, 224, 224, generator=generator)
-    logits, macs = engine.exact(model, images)
+    logits, macs = Inference.exact(model, (images,))
     return model, images, logits, macs * len(images)
 
 
@@ -53,5 +53,5 @@ def test_model(case: tuple, runner: str, force: Callable, measure: Callable) -> 
     x = way.input(images)
     call = way.prepare(model, x, torch.get_num_threads())
     error = (torch.as_tensor(call(x)).double() - exact).norm() / exact.norm()
-    assert error < engine.TOLERANCE, f"{runner} is off by {error:.1e} (relative norm)"
+    assert error < TOLERANCE, f"{runner} is off by {error:.1e} (relative norm)"
     measure(f"MobileNetV2 1.0/224, batch {len(images)}", macs, lambda: call(x))

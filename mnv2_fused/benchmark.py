@@ -1,14 +1,12 @@
-"""The engine of `mnv2-fused bench`: verifies all ways to run the network, then times them in alternation.
+"""The engine of `mnv2-fused bench`: verifies all ways to run or to train the network, then times them in alternation.
 
 Each runner lives in a process of its own that waits on a pipe until it is its turn: no thread pool, allocator or flag
-of one is seen by another, and all of them see the same state of the machine. What the runners are stands in peers.py.
+of one is seen by another, and all of them see the same state of the machine. What the runners are stands in peers.py,
+what they are asked to do in tasks.py.
 """
 
 from __future__ import annotations
 
-import copy
-import ctypes
-import gc
 import importlib.metadata
 import math
 import multiprocessing
@@ -17,7 +15,6 @@ import platform
 import random
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,23 +28,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import _C, __version__
 from .mobilenet_v2 import MobileNetV2
 from .ops import kernels, selected_kernel
-from .peers import RUNNERS, Runner
+from .peers import Runner
+from .tasks import Inference, Training
 from .weights import random_model
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TOLERANCE = 1e-3  # relative norm of the logits; every float32 run is within 1e-5, this is for runs of another network
 TURN_SECONDS = 0.05  # a runner's turn in a round: short beside the seconds over which a machine's clock drifts
 PEAK_SECONDS = 0.02
 SETTLE_SECONDS = 0.05  # idle threads of OpenMP and ONNX Runtime spin for 10 to 35 ms, as measured, before they sleep
 SPREAD = 1.25  # between the quartiles of an idle machine's times lie a few percent
-_BASE_SIZE = 32  # the image beside which memory is counted: 1/49 of the activations of 224x224
 
 Progress = Callable[[float, str], None]
 
@@ -57,16 +52,17 @@ class Options:
     """What to run.
 
     Attributes:
-        batch: images per call.
+        batch: images per call, or per step of training.
         threads: of every runner; None is torch's number of threads.
         width: the factor on the network's widths.
         resolution: height and width of the images in pixels.
         kernel: the row of the kernel table that the fused network uses; None leaves the choice to it.
         peers: also those of onnxruntime, openvino, litert and ncnn that are installed.
-        runners: names from peers.RUNNERS instead: exactly these.
+        runners: names from peers.RUNNERS, or TRAINERS, instead: exactly these.
         seconds: time spent in rounds, at least; start-up and verification come on top.
         rounds: each runner has at least so many turns.
         memory: also measure the memory, which takes a second process per runner.
+        train: a step of training instead of inference; there are no peers for that.
     """
 
     batch: int = 1
@@ -79,6 +75,11 @@ class Options:
     seconds: float = 20.0
     rounds: int = 5
     memory: bool = True
+    train: bool = False
+
+    @property
+    def task(self) -> type[Inference] | type[Training]:
+        return Training if self.train else Inference
 
     def __post_init__(self) -> None:
         for name in ("batch", "threads", "resolution", "rounds"):
@@ -87,7 +88,13 @@ class Options:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
         if not 0 < self.width < math.inf or not 0 <= self.seconds < math.inf:
             raise ValueError(f"width must be above 0 and seconds not below 0, got {self.width} and {self.seconds}")
-        known = [runner.name for runner in RUNNERS]
+        if self.train and self.peers:
+            raise ValueError("train and peers exclude each other: the other runtimes do inference only")
+        smallest = math.ceil(self.resolution / 32) ** 2
+        if self.train and self.batch * smallest < 2:
+            what = f"batch {self.batch} at {self.resolution}x{self.resolution}"
+            raise ValueError(f"BatchNorm trains on two values or more: {what} leaves one; batch 2 or 33x33 would do")
+        known = [runner.name for runner in self.task.runners]
         if unknown := [name for name in self.runners or () if name not in known]:
             raise ValueError(f"runners must be among {known}, got {unknown}")
         rows = [kernel.name for kernel in kernels() if kernel.dtype == torch.float32]
@@ -102,16 +109,23 @@ class Row:
     Attributes:
         name, version: of the runner.
         error: why it was not timed; "" when it was.
-        relative_error: |logits - exact| / |exact|, exact being the plain composition in float64.
+        relative_error: |logits - exact| / |exact|, exact being the plain composition in float64; of training the median
+            of it over the gradients of one step; its loss and running statistics are within tasks.TOLERANCE.
         ms, q1_ms, q3_ms: median and quartiles over all calls, in milliseconds per image.
         calls: how many were timed.
         slower: how many times the fused network's time it takes.
         memory_mb: what inference needs beyond the model and its input, in 10^6 bytes. It is the peak resident memory of
             the warm runner's process during calls, less that of another process prepared for one 32x32 image, less what
-            the input has grown. Peak resident memory is Linux's VmHWM; its noise is about 1 MB.
+            the input has grown. Peak resident memory is Linux's VmHWM; its noise is about 1 MB. Of training it is what
+            a step adds to a process that holds model, optimizer and batch, gradients included, see
+            tasks.Training.memory; its noise is some percent.
+        heavier: how many times the fused network's memory it takes.
+        kept_mb: what autograd keeps for backward, per image, beside model, input and labels, in 10^6 bytes.
         resident_mb: that process' whole peak: Python, libraries, model, input and all.
+        images_per_second: at the median.
         gmacs: 10^9 multiply-adds a second, at the median.
         share_of_peak: gmacs over what this machine's vector units can do, see Result.peak_gmacs.
+        remark: what a reader should know, see Runner.
     """
 
     name: str
@@ -124,9 +138,13 @@ class Row:
     calls: int = 0
     slower: float | None = None
     memory_mb: float | None = None
+    heavier: float | None = None
+    kept_mb: float | None = None
     resident_mb: float | None = None
+    images_per_second: float | None = None
     gmacs: float | None = None
     share_of_peak: float | None = None
+    remark: str = ""
 
 
 @dataclass
@@ -135,19 +153,20 @@ class Result:
 
     Attributes:
         options: as given, `threads` and `kernel` filled in.
-        rows: one for each runner, in the order of peers.RUNNERS.
-        macs: multiply-adds per image.
+        rows: one for each runner, in the order of peers.py.
+        macs: multiply-adds per image; None of training, for which there is no agreed count.
         peak_kernel, peak_gmacs: the best row that this CPU supports, and the multiply-adds that `threads` threads did
-            with its vectors in registers (10^9 a second): the median of one measurement in each round.
+            with its vectors in registers (10^9 a second): the median of one measurement in each round. Not measured
+            where macs is None.
         rounds: turns that each runner had.
         not_installed: peers that were asked for and are not here, and what to install.
     """
 
     options: Options
     rows: list[Row]
-    macs: int
+    macs: int | None
     peak_kernel: str
-    peak_gmacs: float = 0.0
+    peak_gmacs: float | None = None
     rounds: int = 0
     not_installed: dict[str, str] = field(default_factory=dict)
 
@@ -159,7 +178,7 @@ class Result:
     def title(self) -> str:
         o = self.options
         threads = "1 thread" if o.threads == 1 else f"{o.threads} threads"
-        return f"MobileNetV2 {o.width}/{o.resolution}, float32, batch {o.batch}, {threads}"
+        return f"MobileNetV2 {o.width}/{o.resolution}, float32, batch {o.batch}, {threads}{o.task.title}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON, with the machine and the versions; it holds no date and no paths."""
@@ -180,31 +199,34 @@ class Result:
         from rich.table import Table
         from rich.text import Text
 
-        cpu = f"{_C.cpu_name().strip()}, FMA peak {self.peak_gmacs:.1f} GMAC/s ({self.peak_kernel}, measured alongside)"
+        cpu = _C.cpu_name().strip()
+        if self.peak_gmacs:
+            cpu += f", FMA peak {self.peak_gmacs:.1f} GMAC/s ({self.peak_kernel}, measured alongside)"
         notes = "".join(f"\n{name} {reason}" for name, reason in self.not_installed.items())
+        notes += "".join(f"\n{row.name}: {row.remark}" for row in self.rows if row.remark)
         if any(row.ms and row.q3_ms > SPREAD * row.q1_ms for row in self.rows):
             notes += "\nThe times spread widely: something else is using this machine. Measure again when it is idle."
         table = Table(title=self.title, caption=cpu + notes, title_style="bold", caption_justify="left")
         table.add_column("runner")
         table.add_column("version")
-        for heading in ("ms / image", "quartiles", "time / fused", "memory MB", "GMAC/s", "of peak", "error"):
+        for heading in self.options.task.columns:
             table.add_column(heading, justify="right")
-
-        def show(value: float | None, form: str, unit: str = "") -> str:
-            return "" if value is None else format(value, form) + unit
-
         for row in self.rows:
-            texts = [row.name, row.version, show(row.ms, ".2f")]
-            texts.append("" if row.ms is None else f"{row.q1_ms:.2f} - {row.q3_ms:.2f}")
-            texts += [show(row.slower, ".2f", "x"), show(row.memory_mb, ".1f"), show(row.gmacs, ".1f")]
-            texts += [show(row.share_of_peak, ".0%"), show(row.relative_error, ".1e")]
+            texts = [row.name, row.version]
+            for form in self.options.task.columns.values():
+                try:
+                    texts.append(form.format(**vars(row)))
+                except TypeError:  # None, which was not measured, takes no format
+                    texts.append("")
             table.add_row(*map(Text, texts), style="green" if row.name == "fused" else None)
             if row.error:
                 table.add_row("", Text(row.error, "red"))
         return table
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draws the times as bars, and the time that the FMA peak allows as a line; the format follows from the name.
+        """Draws the times as bars, and the time that the FMA peak allows, if known, as a line.
+
+        The file's format follows from its name.
 
         Raises:
             RuntimeError: matplotlib is not installed.
@@ -223,10 +245,11 @@ class Result:
         bars = axes.barh([row.name for row in rows], times, xerr=spread, color=colors, ecolor="black", capsize=2)
         axes.bar_label(bars, [f"{ms:.2f}" for ms in times], padding=6)
         axes.margins(x=0.12)
-        limit = self.macs / self.peak_gmacs / 1e6
-        axes.axvline(limit, color="tab:red", linestyle="--", label=f"FMA peak: {limit:.2f}")
+        if self.macs and self.peak_gmacs:
+            limit = self.macs / self.peak_gmacs / 1e6
+            axes.axvline(limit, color="tab:red", linestyle="--", label=f"FMA peak: {limit:.2f}")
+            axes.legend(loc="lower right")
         axes.set(xlabel="ms per image (median, quartiles)", title=self.title)
-        axes.legend(loc="lower right")
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
 
@@ -239,11 +262,12 @@ def run(
 ) -> Result:
     """Verifies, then times, the runners that `options` ask for.
 
-    A runner that cannot start, or whose logits are off by more than TOLERANCE, gets a row with the reason and no times.
+    A runner that cannot start, or whose results are further off than the task allows, gets a row with the reason and
+    no times.
 
     Args:
         options: see Options; with `model` given, `width` is only shown.
-        model: in eval mode, float32; by default a MobileNetV2 with seeded random weights.
+        model: in eval mode, float32; by default a MobileNetV2 with seeded random weights. Training takes a copy of it.
         images: [batch, channels, resolution, resolution], float32; random by default.
         progress: called as (fraction done, what is being done).
 
@@ -260,30 +284,35 @@ def run(
     if model is None:
         model = random_model(torch.randn(8, 3, 64, 64, generator=generator), width_mult=options.width)
 
-    wanted = [r for r in RUNNERS if (r.name in options.runners if options.runners else options.peers or not r.packages)]
+    task = options.task
+    model, batch = task.inputs(model, images)
+    wanted = [
+        r for r in task.runners if (r.name in options.runners if options.runners else options.peers or not r.packages)
+    ]
     not_installed = {runner.name: reason for runner in wanted if (reason := runner.missing())}
     runners = [runner for runner in wanted if runner.name not in not_installed]
-    rows = [Row(runner.name, _version(runner, options)) for runner in runners]
+    rows = [Row(runner.name, _version(runner, options), remark=runner.remark) for runner in runners]
 
-    with _workers(runners, options, model, images) as (workers, bases):
+    with _workers(runners, options, model, batch) as (workers, spares):
         for i, row in enumerate(rows):
             progress(0.3 * i / len(rows), f"starting {row.name}")
             row.error = workers[i].error()
             if options.memory and not row.error:
-                row.error = bases[i].error()
-        progress(0.3, "computing the exact logits")
-        expected, macs = exact(model, images)
+                row.error = spares[i].error()
+        progress(0.3, "computing exactly")
+        expected, macs = task.exact(model, batch)
         result = Result(options, rows, macs, best_kernel(), not_installed=not_installed)
         for i, row in enumerate(rows):
             progress(0.35 + 0.1 * i / len(rows), f"verifying {row.name}")
             if not row.error:
-                _verify(row, workers[i], expected)
+                task.verify(row, workers[i], expected)
             if options.memory and not row.error:
-                _measure_memory(row, workers[i], bases[i])
-        for base in bases:
-            base.leave()
+                task.measure_memory(row, workers[i], spares[i])
+        for spare in spares:
+            spare.leave()
         timed = [(row, worker) for row, worker in zip(rows, workers, strict=True) if not row.error]
         _time(result, timed, lambda fraction: progress(0.45 + 0.55 * fraction, "timing in alternation"))
+    _compare(rows)
     progress(1.0, "done")
     return result
 
@@ -304,48 +333,18 @@ def _version(runner: Runner, options: Options) -> str:
     return f"{__version__} {options.kernel}" if runner.name == "fused" else torch.__version__
 
 
-def exact(model: MobileNetV2, images: Tensor) -> tuple[Tensor, int]:
-    """The logits of the plain composition in float64, and the multiply-adds per image."""
-    plain = copy.deepcopy(model).double()
-    plain.fused = False
-    # In float64 PyTorch runs a depthwise convolution channel by channel: too little work for a second thread.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            logits = torch.cat([plain(image.double()) for image in images.split(1)])
-    finally:
-        torch.set_num_threads(threads)
-    return logits, counter.get_total_flops() // 2 // len(images)
-
-
-def _verify(row: Row, worker: _Worker, exact: Tensor) -> None:
-    logits, row.error = worker.ask("logits")
-    if row.error:
-        return
-    if logits.shape != exact.shape:
-        row.error = f"its logits are {list(logits.shape)}, expected {list(exact.shape)}"
-        return
-    error = ((logits.double() - exact).norm() / exact.norm()).item()
-    row.relative_error = error if math.isfinite(error) else None
-    if not error <= TOLERANCE:
-        row.error = f"its logits are off by {error:.1e} (relative norm), more than {TOLERANCE:g}: not timed"
-
-
-def _measure_memory(row: Row, worker: _Worker, base: _Worker) -> None:
-    (full, row.error), (least, error) = worker.ask("peak"), base.ask("peak")
-    row.error = row.error or error
-    if full and least and not row.error:
-        row.resident_mb = full[0] / 1e6
-        row.memory_mb = (full[0] - full[1] - (least[0] - least[1])) / 1e6
-
-
-def _time(result: Result, timed: list[tuple[Row, _Worker]], progress: Callable[[float], None]) -> None:
+def _time(result: Result, timed: list[tuple[Row, Worker]], progress: Callable[[float], None]) -> None:
     """Rounds of turns: in each round every runner has one, in an order drawn anew, and the FMA peak is measured."""
     options = result.options
     seconds: dict[str, list[float]] = {row.name: [] for row, _ in timed}
     order = random.Random(0)
-    peaks = [fma_peak(result.peak_kernel, options.threads)]
+    peaks: list[float] = []
+
+    def measure_peak() -> None:
+        if result.macs:
+            peaks.append(fma_peak(result.peak_kernel, options.threads))
+
+    measure_peak()
     start = time.perf_counter()
     while timed and (result.rounds < options.rounds or time.perf_counter() - start < options.seconds):
         for row, worker in order.sample(timed, len(timed)):
@@ -355,20 +354,29 @@ def _time(result: Result, timed: list[tuple[Row, _Worker]], progress: Callable[[
                 seconds[row.name] += calls
         timed = [(row, worker) for row, worker in timed if not row.error]
         _settle(options.threads)
-        peaks.append(fma_peak(result.peak_kernel, options.threads))
+        measure_peak()
         result.rounds += 1
         elapsed = (time.perf_counter() - start) / options.seconds if options.seconds else 1.0
         progress(min(1.0, elapsed, result.rounds / options.rounds))
-    result.peak_gmacs = statistics.median(peaks)
+    if peaks:
+        result.peak_gmacs = statistics.median(peaks)
     for row, _ in timed:
         per_image = [1e3 * s / options.batch for s in seconds[row.name]]
         row.q1_ms, row.ms, row.q3_ms = np.quantile(per_image, (0.25, 0.5, 0.75)).tolist()
         row.calls = len(per_image)
-        row.gmacs = result.macs / row.ms / 1e6
-        row.share_of_peak = row.gmacs / result.peak_gmacs
-    fused = next((row.ms for row, _ in timed if row.name == "fused"), None)
-    for row, _ in timed:
-        row.slower = row.ms / fused if fused else None
+        row.images_per_second = 1e3 / row.ms
+        if result.macs:
+            row.gmacs = result.macs / row.ms / 1e6
+            row.share_of_peak = row.gmacs / result.peak_gmacs
+
+
+def _compare(rows: list[Row]) -> None:
+    fused = next((row for row in rows if row.name == "fused" and row.ms), None)
+    for row in rows if fused else []:
+        row.slower = row.ms and row.ms / fused.ms
+        # A small network's memory may be less than the noise of its measurement.
+        if row.memory_mb is not None and fused.memory_mb and fused.memory_mb > 0:
+            row.heavier = row.memory_mb / fused.memory_mb
 
 
 def _settle(threads: int) -> None:
@@ -390,14 +398,14 @@ def fma_peak(kernel: str, threads: int) -> float:
 # ---- The workers
 
 
-class _Worker:
+class Worker:
     """A process that runs one runner, seen from the parent. Answers are (value, error); one of them is empty."""
 
-    def __init__(self, folder: Path, label: str, source: Path, runner: Runner, options: Options) -> None:
+    def __init__(self, folder: Path, source: Path, runner: Runner, options: Options, spare: bool) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's thread pool and memory
-        self._log = folder / f"{label}.log"
+        self._log = folder / f"{runner.name}{' spare' * spare}.log"
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, self._log, source, runner.name, options.threads, options.kernel)
+        arguments = (theirs, self._log, source, runner.name, options, spare)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -432,21 +440,17 @@ class _Worker:
 
 @contextmanager
 def _workers(
-    runners: list[Runner], options: Options, model: MobileNetV2, images: Tensor
-) -> Iterator[tuple[list[_Worker], list[_Worker]]]:
-    """A worker for each runner; and one prepared for a single small image, beside which its memory is counted."""
-    workers: list[_Worker] = []
+    runners: list[Runner], options: Options, model: MobileNetV2, batch: tuple[Tensor, ...]
+) -> Iterator[tuple[list[Worker], list[Worker]]]:
+    """A worker for each runner; and a spare one, by which its memory is measured."""
+    workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="mnv2_fused-") as name:
         folder = Path(name)
-        source, base = folder / "source.pt", folder / "base.pt"
-        small = images[:1, :, :_BASE_SIZE, :_BASE_SIZE].clone()
-        torch.save((model, images.contiguous()), source)
-        torch.save((model, small), base)
+        source = folder / "source.pt"
+        torch.save((model, tuple(tensor.contiguous() for tensor in batch)), source)
         try:
-            for i, runner in enumerate(runners):
-                workers.append(_Worker(folder, f"{i}", source, runner, options))
-            for i, runner in enumerate(runners if options.memory else []):
-                workers.append(_Worker(folder, f"{i}base", base, runner, options))
+            for spare in (False, True)[: 1 + options.memory]:
+                workers += [Worker(folder, source, runner, options, spare) for runner in runners]
             yield workers[: len(runners)], workers[len(runners) :]
         finally:
             for worker in workers:
@@ -455,26 +459,20 @@ def _workers(
                 worker.stop()
 
 
-def _serve(pipe: Connection, log: Path, source: Path, name: str, threads: int, kernel: str) -> None:
+def _serve(pipe: Connection, log: Path, source: Path, name: str, options: Options, spare: bool) -> None:
     """The worker's process: prepares its runner, then obeys."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends us
     with open(log, "wb") as stream:
         for descriptor in (1, 2):  # the runtimes' remarks, and the last words of one that aborts
             os.dup2(stream.fileno(), descriptor)
     try:
-        os.environ["MNV2_FUSED_KERNEL"] = kernel
-        runner = next(runner for runner in RUNNERS if runner.name == name)
-        model, images = torch.load(source, weights_only=False)  # the parent has just written it
-        x = runner.input(images)
-        del images
-        call = runner.prepare(model, x, threads)
-        call(x)
+        os.environ["MNV2_FUSED_KERNEL"] = options.kernel
+        runner = next(runner for runner in options.task.runners if runner.name == name)
+        model, batch = torch.load(source, weights_only=False)  # the parent has just written it
+        task = options.task(runner, model, batch, options.threads, spare)
+        del model, batch  # the task has what it needs of them, and its memory is measured
         pipe.send((None, ""))
-        commands = {
-            "logits": lambda: torch.as_tensor(call(x)),
-            "time": lambda: _turn(call, x),
-            "peak": lambda: _peak(call, x),
-        }
+        commands = {"answer": task.answer, "time": lambda: _turn(task), "memory": task.memory}
         while True:
             pipe.send((commands[pipe.recv()](), ""))
     except EOFError:
@@ -483,27 +481,13 @@ def _serve(pipe: Connection, log: Path, source: Path, name: str, threads: int, k
         pipe.send((None, f"{type(error).__name__}: {error}"))
 
 
-def _turn(call: Callable[[Tensor], Any], x: Tensor) -> list[float]:
+def _turn(call: Callable[[], None]) -> list[float]:
     """Seconds of each call within one turn."""
-    call(x)  # not counted: it brings the weights back into the caches that the others had
+    call()  # not counted: it brings the weights back into the caches that the others had
     calls: list[float] = []
     end = time.perf_counter() + TURN_SECONDS
     while not calls or time.perf_counter() < end:
         start = time.perf_counter()
-        call(x)
+        call()
         calls.append(time.perf_counter() - start)
     return calls
-
-
-def _peak(call: Callable[[Tensor], Any], x: Tensor) -> tuple[int, int] | None:
-    """The peak of the resident memory during calls and the size of the input, in bytes; None where it is not told."""
-    if sys.platform != "linux":
-        return None
-    gc.collect()
-    with suppress(AttributeError):  # glibc's: what loading and compiling left on the heap is not inference's
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
-    for _ in range(3):
-        call(x)
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024, x.nbytes

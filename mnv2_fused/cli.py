@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,7 +27,7 @@ from rich.text import Text
 
 import mnv2_fused
 
-from . import _C, benchmark, images
+from . import _C, benchmark, digits, images
 from .weights import TORCHVISION_URL, WeightsError, infer_architecture, load_model, random_model
 
 if TYPE_CHECKING:
@@ -193,7 +195,9 @@ def _info_tables(report: dict[str, Any]) -> Table:
 
 @app.command()
 def bench(
-    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, show_default="1; with --train 32", help="Images per call, or step.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, show_default="torch's", help="Threads of each runner.")] = None,
     width: Annotated[float, typer.Option(min=0.05, max=10, help="Width multiplier of the network.")] = 1.0,
     resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
@@ -203,26 +207,34 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also onnxruntime, openvino, ai-edge-litert, ncnn, if installed.")
     ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="A step of training instead: its time, and the memory that it adds.")
+    ] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Time to measure; start-up and verification come on top.")] = 20,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the times: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Time the fused network against PyTorch eager, channels_last and torch.compile; --peers adds other runtimes.
 
-    All runners have the same weights. First the outputs are verified, then all are timed in alternation. The exit
-    status is 1 when a runner failed or its outputs were wrong.
+    All runners have the same weights. First the outputs are verified, then all are timed in alternation. With --train
+    that is a step of training (forward, cross entropy, backward, SGD with momentum), verified by loss, gradients and
+    running statistics, and compared with checkpointing too. The exit status is 1 when a runner failed or its results
+    were wrong.
     """
+    if train and peers:
+        _fail("--train and --peers exclude each other: the other runtimes do inference only")
     if plot:
         _check_plot(plot)
     try:
         options = benchmark.Options(
-            batch=batch,
+            batch=batch or (32 if train else 1),
             threads=threads,
             width=width,
             resolution=resolution,
             kernel=kernel,
             peers=peers,
             seconds=seconds,
+            train=train,
         )
         with _progress("starting", 1.0) as show:
             result = benchmark.run(options, progress=show)
@@ -422,42 +434,244 @@ def _print_top(results: list[dict[str, Any]]) -> None:
 
 # ---- demo
 
-# Relative norm. A float32 run of the 53 layers is about 1e-5 from exact; centred logits cancel, which magnifies it.
-TOLERANCE = 1e-4
-
-DEMO_SECONDS = 6.0
 FUSED_COLOR, OTHER_COLOR = "tab:green", "tab:gray"
+
+
+class Subject(str, Enum):
+    digits = "digits"
+    photographs = "photographs"
 
 
 @app.command()
 def demo(
+    subject: Annotated[Subject, typer.Argument(help="What to show.")] = Subject.digits,
     plot: Annotated[Path, typer.Option(metavar="FILE", help="Where the plot goes: .png, .svg or .pdf.")] = Path(
         "demo.png"
     ),
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train with plain PyTorch layers too.", rich_help_panel="digits")
+    ] = False,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=str(digits.EPOCHS), help="Passes through the data.", rich_help_panel="digits"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, show_default="0", help="Of weights, batches and shifts.", rich_help_panel="digits"),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="1, which gives the same losses whatever the number of cores",
+            help="To train with.",
+            rich_help_panel="digits",
+        ),
+    ] = None,
     weights: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="random|torchvision|FILE",
+            show_default="random",
             help="Random ones need no network; the classes then mean nothing, the agreement and the times do.",
+            rich_help_panel="photographs",
         ),
-    ] = "random",
+    ] = None,
     labels: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Class names, one per line; without it classes are numbers.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Class names, one per line; without it classes are numbers.",
+            rich_help_panel="photographs",
+        ),
     ] = None,
 ) -> None:
-    """Classify two photographs fused and with plain PyTorch, show that both agree, time both, draw a plot.
+    """Train a small network on handwritten digits, or classify two photographs; check it, time it, draw a plot.
 
-    Takes less than a minute. The photographs come with scikit-learn: pip install 'mnv2-fused[demo]'.
+    **digits**: trains from scratch, then tests the trained network as one fused op. With --compare the same from the
+    same seed with plain PyTorch layers, to see that the losses agree. The exit status is 1 when they do not, or when
+    the test accuracy is below 97%.
+
+    **photographs**: classifies fused and with plain PyTorch, shows that both agree, times both.
+
+    Each takes less than a minute, --compare about twice as long. The digits and the photographs are real data that
+    come with scikit-learn: pip install 'mnv2-fused[demo]'.
     """
+    training = {"--compare": compare or None, "--epochs": epochs, "--seed": seed, "--threads": threads}
+    others = training if subject is Subject.photographs else {"--weights": weights, "--labels": labels}
+    if unfit := [option for option, value in others.items() if value is not None]:
+        _fail(f"{', '.join(unfit)}: not for the demo of {subject.value}")
     try:
-        from sklearn.datasets import load_sample_images
+        import sklearn.datasets  # noqa: F401
     except ImportError:
         _fail("the demo needs scikit-learn: pip install 'mnv2-fused[demo]'")
     _check_plot(plot)
+    _check_kernel()
+    if subject is Subject.photographs:
+        _demo_photographs(plot, weights or "random", labels)
+    else:
+        given = {"epochs": epochs, "seed": seed, "threads": threads}
+        _demo_digits(
+            plot, compare, digits.Options(**{name: value for name, value in given.items() if value is not None})
+        )
+
+
+# ---- demo digits
+
+MIN_ACCURACY = 0.97
+
+Runs = dict[str, digits.Run]  # by way: "fused", and "plain PyTorch" where it was asked for
+
+
+def _demo_digits(plot: Path, compare: bool, options: digits.Options) -> None:
+    data = digits.digits()
+    ways = {"fused": options}
+    if compare:
+        ways["plain PyTorch"] = replace(options, fused=False)
+        ways["yardstick"] = replace(options, fused=False, nudged=True, steps=digits.COMPARED_STEPS)
+    runs = _train(ways)
+    yardstick = runs.pop("yardstick", None)
+    out.print(_runs_table(runs, options, data))
+
+    fused = runs["fused"]
+    right = sum(map(int.__eq__, fused.predictions, data.test_labels.tolist()))
+    ran = f"not one op ({fused.why_not_fused})" if fused.why_not_fused else "one op"
+    out.print(
+        f"In eval mode the network that was trained fused runs as {ran}: {right} of {len(data.test_labels)} test "
+        f"digits right, its logits within {fused.eval_error:.1e} (relative norm) of those of plain layers."
+    )
+    problems = [
+        f"the test accuracy of {way} is {run.training.accuracy:.1%}, below {MIN_ACCURACY:.0%}"
+        for way, run in runs.items()
+        if run.training.accuracy < MIN_ACCURACY
+    ]
+    if fused.why_not_fused or not fused.eval_error <= TOLERANCE:
+        problems.append("the trained network did not run as one op with the logits of plain layers")
+    if yardstick:
+        agree, verdict = _agreement(runs, yardstick)
+        out.print(verdict)
+        if not agree:
+            problems.append("the losses of fused and plain training disagree")
+    title = f"MobileNetV2 trained on handwritten digits, seed {options.seed}, {_C.cpu_name()}"
+    _save(plot, lambda: _draw_training(runs, data, title).savefig(plot, dpi=120))
+    if problems:
+        _fail("; ".join(problems), status=1)
+
+
+def _train(ways: dict[str, digits.Options]) -> Runs:
+    """One run after the other, so that none takes time from another."""
+    runs = {}
+    with _progress("starting", len(ways), TimeRemainingColumn()) as show:
+        for i, (way, options) in enumerate(ways.items()):
+
+            def shown(step: digits.Step, i: int = i, way: str = way) -> None:
+                where = f"{way}: epoch {step.epoch}, step {step.done}/{step.total}"
+                show(i + step.done / step.total, f"{where}, loss {step.loss:.3f}, accuracy {step.accuracy:.0%}")
+
+            try:
+                runs[way] = digits.measure(options, shown)
+            except digits.TrainingFailed as error:
+                _fail(f"training ({way}) failed: {error}", status=1)
+    return runs
+
+
+def _runs_table(runs: Runs, options: digits.Options, data: digits.Digits) -> Table:
+    steps = len(runs["fused"].training.losses)
+    parameters = sum(parameter.numel() for parameter in digits.digits_network().parameters())
+    threads = "1 thread" if options.threads == 1 else f"{options.threads} threads"
+    table = Table(
+        title=f"MobileNetV2 of {parameters:,} parameters, float32, {steps} steps of {digits.BATCH} images, "
+        f"seed {options.seed}, {threads}",
+        caption=f"scikit-learn's handwritten digits: {len(data.images)} to train on, {len(data.test_images)} others to "
+        "test with. Memory: what the first step adds to model, optimizer and batch.",
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("trained")
+    for heading in ("test accuracy", f"loss, last {digits.SMOOTHED_STEPS} steps", "seconds", "ms / step", "memory MB"):
+        table.add_column(heading, justify="right")
+    for way, run in runs.items():
+        losses, accuracy, seconds = run.training
+        cells = [
+            f"{accuracy:.2%}",
+            f"{digits.smoothed(losses)[-1]:.3f}",
+            f"{seconds:.1f}",
+            f"{1e3 * seconds / steps:.1f}",
+        ]
+        cells.append("" if run.memory_mb is None else f"{run.memory_mb:.0f}")
+        table.add_row(way, *cells, style="green" if way == "fused" else None)
+    return table
+
+
+def _agreement(runs: Runs, yardstick: digits.Run) -> tuple[bool, str]:
+    plain = runs["plain PyTorch"].training.losses
+    found = digits.difference(runs["fused"].training.losses, plain)
+    usual = digits.difference(yardstick.training.losses, plain)
+    agree = digits.agree(found, usual)
+    steps = min(digits.COMPARED_STEPS, len(plain))
+    return agree, (
+        f"The losses of fused and plain training {'agree' if agree else 'DISAGREE'}: over the first {steps} steps they "
+        f"differ by at most {found.largest:.1e}, in the median by {found.median:.1e} (relative); two plain runs "
+        f"by {usual.largest:.1e} and {usual.median:.1e} when one starts from weights changed by one rounding. "
+        f"Averages over {digits.SMOOTHED_STEPS} steps differ by at most {found.curve:.3f}."
+    )
+
+
+def _draw_training(runs: Runs, data: digits.Digits, title: str) -> Figure:
+    """The losses, test digits with what the fused network takes them for (mistakes first), bars of time and memory."""
+    from matplotlib.figure import Figure
+
+    colors = {way: FUSED_COLOR if way == "fused" else OTHER_COLOR for way in runs}
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.5, 1))
+    axes = figure.add_subplot(grid[0, 0])
+    for way, run in reversed(runs.items()):  # fused on top
+        losses = run.training.losses
+        smooth = digits.smoothed(losses)
+        first = (len(losses) - len(smooth)) / 2 + 1  # an average stands at the middle of its steps
+        axes.semilogy(np.arange(1, len(losses) + 1), losses, color=colors[way], alpha=0.3, linewidth=1)
+        label = f"{way}, test accuracy {run.training.accuracy:.1%}"
+        style = "-" if way == "fused" else "--"
+        axes.semilogy(first + np.arange(len(smooth)), smooth, style, color=colors[way], linewidth=2, label=label)
+    axes.set(title=f"loss by step, thick: averages over {digits.SMOOTHED_STEPS}", xlabel="step")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    predictions, labels = runs["fused"].predictions, data.test_labels.tolist()
+    wrong = [predicted != label for predicted, label in zip(predictions, labels, strict=True)]
+    shown = sorted(range(len(labels)), key=lambda i: not wrong[i])[:48]
+    tiles = grid[:, 1].subgridspec(8, 6)
+    for place, i in enumerate(shown):
+        axes = figure.add_subplot(tiles[place // 6, place % 6])
+        axes.imshow(data.test_images[i, 0].numpy(), cmap="gray_r")
+        text = f"{predictions[i]}, not {labels[i]}" if wrong[i] else f"{predictions[i]}"
+        axes.set_title(text, color="tab:red" if wrong[i] else "black", fontsize=9, pad=2)
+        axes.axis("off")
+
+    bars = grid[1, 0].subgridspec(2, 1)
+    seconds = {way: run.training.seconds for way, run in runs.items()}
+    memory = {way: run.memory_mb for way, run in runs.items() if run.memory_mb is not None}
+    _bars(figure.add_subplot(bars[0]), seconds, "seconds of training")
+    _bars(figure.add_subplot(bars[1]), memory, "memory that the first step adds, MB")
+    figure.suptitle(f"{title}: {sum(wrong)} of {len(wrong)} test digits mistaken")
+    return figure
+
+
+# ---- demo photographs
+
+# Relative norm. A float32 run of the 53 layers is about 1e-5 from exact; centred logits cancel, which magnifies it.
+TOLERANCE = 1e-4
+
+DEMO_SECONDS = 6.0
+
+
+def _demo_photographs(plot: Path, weights: str, labels: Path | None) -> None:
+    from sklearn.datasets import load_sample_images
+
     samples = load_sample_images()
     files = [Path(name).name for name in samples.filenames]
     photos = dict(zip(files, map(Image.fromarray, samples.images), strict=True))
-    _check_kernel()
     if weights == "random":
         _note(
             "Random weights, as trained ones are a download (--weights torchvision): the classes mean nothing, "
@@ -568,14 +782,15 @@ def _draw(
         axes.spines[["top", "right"]].set_visible(False)
         if i == 0:
             axes.legend(loc="lower right", frameon=False)
-    _bars(figure.add_subplot(grid[0, 2]), result.rows, "ms", "ms per image, batch 1 (median)")
-    _bars(figure.add_subplot(grid[1, 2]), result.rows, "memory_mb", "memory beyond the model and its input, MB")
+    times = {row.name: row.ms for row in result.rows if row.ms is not None}
+    memory = {row.name: row.memory_mb for row in result.rows if row.memory_mb is not None}
+    _bars(figure.add_subplot(grid[0, 2]), times, "ms per image, batch 1 (median)")
+    _bars(figure.add_subplot(grid[1, 2]), memory, "memory beyond the model and its input, MB")
     figure.suptitle(literal(title))
     return figure
 
 
-def _bars(axes: Axes, rows: list[benchmark.Row], field: str, title: str) -> None:
-    values = {row.name: getattr(row, field) for row in rows if getattr(row, field) is not None}
+def _bars(axes: Axes, values: dict[str, float], title: str) -> None:
     colors = [FUSED_COLOR if name == "fused" else OTHER_COLOR for name in values]
     bars = axes.barh(list(values), list(values.values()), color=colors)
     axes.bar_label(bars, [f"{value:.1f}" for value in values.values()], padding=4)

@@ -87,6 +87,13 @@ class InvertedResidual(nn.Module):
         """Packs the weights anew at the next call: for a write that PyTorch does not count (`.data`, a NumPy view)."""
         self._chain.forget()
 
+    def why_not_fused(self, x: Tensor) -> str:
+        """Why a call with x would now run layer by layer; "" when it would run as one op, in training too."""
+        if not self.fused:
+            return "the attribute `fused` is False"
+        reason = self._chain.why_not(self, x)
+        return reason and training.why_not(self.conv, x, self.use_res_connect)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self._chain(self, x) if self.fused else None
         if y is None and self.fused:
@@ -230,8 +237,28 @@ class MobileNetV2(nn.Module):
             if isinstance(module, InvertedResidual):
                 module.repack()
 
+    def unfused(self, x: Tensor) -> dict[str, str]:
+        """The parts of the network that a call with x would now run layer by layer, and why; {} when all is fused.
+
+        All is fused where the network runs as one op, and in training where every block, the stem and the head do.
+        """
+        if not self.fused:
+            return {"": "the attribute `fused` is False"}
+        if not self._chain.why_not(self, x):
+            return {}
+        reasons = {"features": "hooks or a forward of its own"} if training.has_hooks(self.features) else {}
+        for name, module in self.features.named_children():
+            if isinstance(module, InvertedResidual):
+                reason = module.why_not_fused(x.new_empty(1, module.in_channels, 1, 1))
+            else:
+                channels = getattr(next(module.children(), None), "in_channels", x.shape[1])
+                reason = training.why_not_conv_bn_relu6(module, x.new_empty(1, channels, 1, 1))
+            if reason:
+                reasons[f"features.{name}"] = reason
+        return reasons
+
     def why_not_fused(self, x: Tensor) -> str:
-        """Why a call with x would now run layer by layer and not as one op; "" when it would run as one."""
+        """Why a call with x would now not run as one op; "" when it would run as one. In training see `unfused`."""
         return self._chain.why_not(self, x) if self.fused else "the attribute `fused` is False"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """What `mnv2-fused bench` compares: PyTorch run in four ways, and other runtimes that are fed the same folded weights.
 
+For training it is the fused network against PyTorch in four ways.
+
 The graphs for the other runtimes are written here, operator by operator, from one list of layers: no exporter or
-converter comes between, so each computes the same multiply-adds, in float32. No timing here: that is benchmark.py.
+converter comes between, so each computes the same multiply-adds, in float32. What is done with a runner is tasks.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils.checkpoint import checkpoint
 
 from .mobilenet_v2 import MobileNetV2
 
@@ -24,21 +27,29 @@ Call = Callable[[Tensor], Any]
 
 
 class Runner(NamedTuple):
-    """One way to run the network.
+    """One way to run the network, or to train it.
 
     Attributes:
         name: as `bench` shows it.
         prepare: (model in eval mode, example [N, C, H, W] float32, threads) -> a function of such an x that returns the
             logits [N, num_classes] as a tensor or an array. The function is made for the example's shape, leaves the
             model as it is, and may set torch's number of threads, which is one for the whole process.
+            Among TRAINERS the model is in training mode and is the one to train: the logits have gradients to its
+            parameters, and its memory format and `fused` are set as this way wants them.
         packages: the distributions that it needs beside torch; empty for PyTorch itself.
         channels_last: the memory format of x that it takes without a conversion.
+        recomputes: backward runs the blocks once more, in training mode, and so updates their running statistics again.
+        compiles: the first call with a shape compiles for it.
+        remark: what a reader of its results should know.
     """
 
     name: str
     prepare: Callable[[MobileNetV2, Tensor, int], Call]
     packages: tuple[str, ...] = ()
     channels_last: bool = False
+    recomputes: bool = False
+    compiles: bool = False
+    remark: str = ""
 
     def missing(self) -> str:
         """Which packages are not installed and how to get them; "" when the runner can be prepared."""
@@ -88,6 +99,46 @@ def _compile(model: MobileNetV2, example: Tensor, threads: int) -> Call:
     if any("batch_norm" in text for text in code):  # kernels are named after the operators in them
         raise RuntimeError("torch.compile left a BatchNorm in its code: freezing did not fold it")
     return torch.no_grad()(compiled)
+
+
+# ---- PyTorch, training
+
+
+def _train_fused(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+    torch.set_num_threads(threads)
+    model.fused = True
+    return model
+
+
+def _train_eager(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+    torch.set_num_threads(threads)
+    model.fused = False
+    return model
+
+
+def _train_channels_last(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+    return _train_eager(model, example, threads).to(memory_format=torch.channels_last)
+
+
+def _train_checkpointed(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+    return checkpointed(_train_channels_last(model, example, threads))
+
+
+def checkpointed(model: MobileNetV2) -> Call:
+    """The model's forward of which only what goes into each block is kept; backward runs the blocks once more."""
+
+    def forward(x: Tensor) -> Tensor:
+        first, *blocks, last = model.features
+        x = first(x)
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return model.forward_head(last(x))
+
+    return forward
+
+
+def _train_compile(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+    return torch.compile(_train_channels_last(model, example, threads))
 
 
 # ---- One description for all other runtimes
@@ -388,4 +439,18 @@ RUNNERS: tuple[Runner, ...] = (
     Runner("openvino", _openvino, ("onnx", "openvino")),
     Runner("litert", _litert, ("ai-edge-litert",), channels_last=True),
     Runner("ncnn", _ncnn, ("ncnn",)),
+)
+
+TRAINERS: tuple[Runner, ...] = (
+    Runner("fused", _train_fused, channels_last=True),
+    Runner("eager", _train_eager),
+    Runner("eager channels_last", _train_channels_last, channels_last=True),
+    Runner(
+        "checkpointed",
+        _train_checkpointed,
+        channels_last=True,
+        recomputes=True,
+        remark="eager channels_last that keeps the blocks' inputs only; running statistics are updated twice a step",
+    ),
+    Runner("torch.compile", _train_compile, channels_last=True, compiles=True),
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import _verify_batch_size
+from torch.nn.modules import module as _module
 
 from . import network
 from .network import expect
@@ -438,17 +439,20 @@ def _conv_bn_relu6_backward(dy, e, count, e_mean, e_var, wanted, x, *arguments):
     )
     bias = torch.zeros_like(sums[0]) if norm.batch else norm.scale * sums[0]
     found = (dx, weight, bias, norm.rstd * sums[1], sums[0].clone())
-    like = (x, stage.weight, stage.bias, stage.scale, stage.shift)
     return tuple(
-        gradient.to(t.dtype) if asked else x.new_empty(0)
-        for gradient, t, asked in zip(found, like, wanted, strict=True)
+        (_dense(gradient) if gradient is dx else gradient.to(x.dtype).contiguous()) if asked else x.new_empty(0)
+        for gradient, asked in zip(found, wanted, strict=True)
     )
 
 
 @_conv_bn_relu6_backward.register_fake
 def _(dy, e, count, e_mean, e_var, wanted, x, weight, bias, scale, shift, *_):
-    like = (x, weight, bias, scale, shift)
-    return tuple(torch.empty_like(t) if asked else x.new_empty(0) for asked, t in zip(wanted, like, strict=True))
+    return tuple(
+        torch.empty_like(t, memory_format=torch.channels_last if t is x else torch.contiguous_format)
+        if asked
+        else x.new_empty(0)
+        for asked, t in zip(wanted, (x, weight, bias, scale, shift), strict=True)
+    )
 
 
 def _conv_setup_context(ctx, inputs, output) -> None:
@@ -459,7 +463,8 @@ def _conv_setup_context(ctx, inputs, output) -> None:
 
 
 def _conv_backward(ctx, dy, *_):
-    inputs, outputs = ctx.saved_tensors[:_FIELDS], ctx.saved_tensors[_FIELDS:]
+    saved = ctx.saved_tensors
+    inputs, outputs = saved[:_FIELDS], saved[_FIELDS:]
     gradients = [None] * (len(inputs) + len(ctx.options))
     wanted = list(ctx.needs_input_grad[:5])
     if dy is not None and any(wanted):
@@ -475,6 +480,7 @@ _conv_bn_relu6_backward.register_autograd(_no_second_derivative)
 # ------------------------------------------------------------------------------------------------------- modules
 
 _DTYPES = (torch.float32, torch.float64)
+_NOT_ASKED = "neither gradients nor statistics of the batch are asked for"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -494,7 +500,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _check(root: nn.Module, x: Tensor) -> None:
     """Unfusable where the modules inside do more, or other things, than their types say."""
-    expect(not network.global_hooks(), "there are global forward hooks")
+    backward_hooks = _module._global_backward_hooks or _module._global_backward_pre_hooks
+    expect(not network.global_hooks() and not backward_hooks, "there are global hooks")
     for module in root.modules():
         expect(not has_hooks(module), "a module inside has hooks or a forward of its own")
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -502,6 +509,7 @@ def _check(root: nn.Module, x: Tensor) -> None:
                 same = tensor.dtype == x.dtype and tensor.device == x.device
                 expect(same, f"a tensor inside is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
     expect(x.dtype in _DTYPES and x.device.type == "cpu", f"no kernel for {x.dtype} on {x.device}")
+    expect(x.shape[0] > 0, "there is no image")
 
 
 def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -533,6 +541,12 @@ def _group(norms: list[nn.Module]) -> str:
     return groups.pop() if groups else ""
 
 
+def _expect_ops(x: Tensor) -> None:
+    """Unfusable where no op of ours can take x; the compiler calls them like any other."""
+    reason = ("" if x.dim() == 4 else "the input is not [N, C, H, W]") if is_compiling() else network.why_no_op(x)
+    expect(not reason, reason)
+
+
 def why_not(conv: nn.Module, x: Tensor, residual: bool) -> str:
     """Why `run_block` would refuse this call; "" when it would not."""
     try:
@@ -543,15 +557,14 @@ def why_not(conv: nn.Module, x: Tensor, residual: bool) -> str:
 
 
 def _describe(conv: nn.Module, x: Tensor, residual: bool) -> network.Stage:
-    if not is_compiling() and (reason := network.why_no_op(x)):
-        raise network.Unfusable(reason)
+    _expect_ops(x)
     stage = network.block(conv, residual)
     _check(conv, x)
     channels = stage.layer.in_channels
-    expect(x.dim() == 4 and x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
+    expect(x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
     _group([bn for _, bn in stage.weights])
     batch = any(_stage(*pair).mean is None for pair in stage.weights)
-    expect(batch or torch.is_grad_enabled(), "neither gradients nor statistics of the batch are asked for")
+    expect(batch or torch.is_grad_enabled(), _NOT_ASKED)
     return stage
 
 
@@ -587,8 +600,32 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     )
     for i, bn in enumerate(norms):
         if bn is not None:
-            _update(bn, statistics[2 * i], statistics[2 * i + 1], counts[min(i, 1)])
+            mean, var = statistics[2 * i : 2 * i + 2]
+            if i < 2 and stages[i].bias is not None and stages[i].mean is None:  # the ops leave it out of e and d
+                mean = mean + stages[i].bias.detach()
+            _update(bn, mean, var, counts[min(i, 1)])
     return y
+
+
+def why_not_conv_bn_relu6(module: nn.Module, x: Tensor) -> str:
+    """Why `run_conv_bn_relu6` would refuse this call; "" when it would not."""
+    try:
+        _describe_conv(module, x)
+    except network.Unfusable as refusal:
+        return str(refusal)
+    return ""
+
+
+def _describe_conv(module: nn.Module, x: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d, Stage, str]:
+    _expect_ops(x)
+    conv, bn = network.conv_bn_relu6(module)
+    _check(module, x)
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    expect(plain and not isinstance(conv.padding, str), f"a convolution of another kind: {conv}")
+    expect(x.shape[1] == conv.in_channels, f"the input is {list(x.shape)}, not [N, {conv.in_channels}, H, W]")
+    stage, group = _stage(conv, bn), _group([bn])
+    expect(stage.mean is None or torch.is_grad_enabled(), _NOT_ASKED)
+    return conv, bn, stage, group
 
 
 def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -600,13 +637,7 @@ def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
         ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
     """
     try:
-        expect(is_compiling() or not network.why_no_op(x), "")
-        conv, bn = network.conv_bn_relu6(module)
-        _check(module, x)
-        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-        expect(plain and not isinstance(conv.padding, str) and x.shape[1] == conv.in_channels, "")
-        stage, group = _stage(conv, bn), _group([bn])
-        expect(stage.mean is None or torch.is_grad_enabled(), "")
+        conv, bn, stage, group = _describe_conv(module, x)
     except network.Unfusable:
         return None
     if stage.mean is None and not group:

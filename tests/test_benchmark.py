@@ -1,28 +1,44 @@
-"""The engine of `mnv2-fused bench`, and the runners of peers.py: each computes the network's logits."""
+"""The engine of `mnv2-fused bench`, its tasks, and the runners of peers.py: each computes the logits, or a step."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config
 from rich.console import Console
+from typer.testing import CliRunner
 
 import mnv2_fused
-from mnv2_fused import benchmark, peers
+from mnv2_fused import benchmark, cli, peers, tasks
 from mnv2_fused.benchmark import Options, Row
 from mnv2_fused.weights import random_model
 
+TRAINERS = {runner.name: runner for runner in peers.TRAINERS}
 TORCH_RUNNERS = ("fused", "eager", "eager channels_last")
 SMALL = dict(width=0.35, resolution=32, threads=1, seconds=0.0)
+
+
+class _Says:
+    """In place of a worker: gives this answer."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def ask(self, command: str) -> tuple[Any, str]:
+        return self.answer, ""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # which also puts back what the runners set
@@ -53,7 +69,7 @@ def test_runner_computes_the_logits(runner, small):
     if reason := runner.missing():
         pytest.skip(f"{runner.name} {reason}")
     model, images = small
-    expected, _ = benchmark.exact(model, images)
+    expected, _ = tasks.Inference.exact(model, (images,))
     x = runner.input(images)
     logits = torch.as_tensor(runner.prepare(model, x, 1)(x))
     assert logits.dtype == torch.float32 and logits.shape == expected.shape
@@ -106,7 +122,7 @@ def test_rows(result):
 
 def test_multiply_adds_are_the_papers():
     model = random_model(torch.randn(2, 3, 64, 64))
-    logits, macs = benchmark.exact(model, torch.zeros(2, 3, 224, 224))
+    logits, macs = tasks.Inference.exact(model, (torch.zeros(2, 3, 224, 224),))
     assert logits.dtype == torch.float64 and round(macs / 1e6, 2) == 300.77  # per image
 
 
@@ -147,7 +163,7 @@ def test_given_model_and_images_are_used_and_left_as_they_were(small):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = benchmark.run(Options(**SMALL, rounds=1, runners=("fused",), memory=False), model, images)
     assert result["fused"].error == "" and model.fused
-    assert result.macs == benchmark.exact(model, images)[1]
+    assert result.macs == tasks.Inference.exact(model, (images,))[1]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"images must be float32 \[1, 3, 32, 32\], got .* \[2, 3, 32, 32\]"):
         benchmark.run(Options(**SMALL), model, images.expand(2, -1, -1, -1))
@@ -173,33 +189,189 @@ def test_memory():
         assert row.resident_mb > row.memory_mb
 
 
+# ---- training
+
+STEP = dict(width=0.35, resolution=64, batch=8, threads=1, seconds=0.0, train=True)
+
+
+@pytest.fixture(scope="module")
+def trained() -> benchmark.Result:
+    return benchmark.run(Options(**STEP, rounds=2, runners=("fused", "eager")))
+
+
+def test_training_rows(trained):
+    assert [row.name for row in trained.rows] == ["fused", "eager"]
+    for row in trained.rows:
+        assert row.error == "" and 0 < row.relative_error < tasks.FLOOR
+        assert 0 < row.q1_ms <= row.ms <= row.q3_ms and row.calls >= trained.rounds == 2
+        assert row.images_per_second == pytest.approx(1e3 / row.ms)
+        assert row.slower == pytest.approx(row.ms / trained["fused"].ms)
+        assert row.gmacs is None and row.share_of_peak is None
+    assert trained.macs is None and trained.peak_gmacs is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident memory is read from /proc")
+def test_training_memory(trained):
+    # Eager keeps its activations until backward: a step adds them, whatever else it takes.
+    assert trained["eager"].memory_mb > 0.8 * STEP["batch"] * trained["eager"].kept_mb
+    for row in trained.rows:
+        assert row.resident_mb > row.memory_mb
+        assert row.heavier == pytest.approx(row.memory_mb / trained["fused"].memory_mb)
+
+
+def test_training_report(trained, tmp_path):
+    report = json.loads(json.dumps(trained.to_dict(), allow_nan=False))
+    assert report["options"] | STEP == report["options"] and report["macs_per_image"] is None
+    keys = {"relative_error", "ms", "images_per_second", "slower", "memory_mb", "heavier", "kept_mb", "remark"}
+    assert all(keys <= {*row} for row in report["rows"])
+    console = Console(file=io.StringIO(), width=160)
+    trained["eager"].remark = "as it comes"
+    console.print(trained.table())
+    text = console.file.getvalue()
+    assert "batch 8, 1 thread, a step of training" in text and "eager: as it comes" in text
+    assert f"{trained['eager'].images_per_second:.1f}" in text and "of peak" not in text and "FMA" not in text
+    pytest.importorskip("matplotlib")
+    trained.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def step() -> tuple[mnv2_fused.MobileNetV2, tuple, tasks.ExactStep]:
+    """A network to train, a batch, and the exact step."""
+    generator = torch.Generator().manual_seed(2)
+    model = random_model(torch.randn(8, 3, 64, 64, generator=generator), width_mult=0.35, num_classes=20)
+    trained, batch = tasks.Training.inputs(model, torch.randn(8, 3, 64, 64, generator=generator))
+    assert trained.training and not model.training  # it is a copy
+    return trained, batch, tasks.Training.exact(trained, batch)[0]
+
+
+def take(runner: peers.Runner, step: tuple) -> dict[str, Any]:
+    model, batch, _ = step
+    return tasks.Training(runner, copy.deepcopy(model), batch, 1, spare=False).answer()
+
+
+@pytest.mark.parametrize("runner", peers.TRAINERS[:4], ids=lambda runner: runner.name)  # compiling takes a minute
+def test_trainer_takes_the_step(runner, step):
+    model, batch, exact = step
+    model = copy.deepcopy(model)
+    row = Row(runner.name, "1")
+    tasks.Training.verify(row, _Says(tasks.Training(runner, model, batch, 1, spare=False).answer()), exact)
+    assert row.error == "" and row.relative_error < tasks.FLOOR
+    assert model.fused == (runner.name == "fused")
+
+
+def test_exact_step_is_that_of_the_whole_network(step):
+    """Without checkpointing, and with a second forward for what is updated twice."""
+    model, (images, labels), exact = step
+    plain = copy.deepcopy(model).double()
+    plain.fused = False
+    loss = torch.nn.functional.cross_entropy(plain(images.double()), labels)
+    loss.backward()
+    torch.testing.assert_close(exact.tensors["loss"], loss.detach())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(exact.tensors[f"gradient of {name}"], p.grad, atol=1e-9, rtol=1e-6)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(exact.tensors[name], buffer)
+    with torch.no_grad():
+        plain(images.double())
+    for name, buffer in plain.features[1:-1].named_buffers(prefix="features"):
+        position, rest = name.removeprefix("features.").split(".", 1)
+        again = exact.tensors[f"features.{position}.{rest}, updated twice"]
+        torch.testing.assert_close(again, buffer)
+
+
+def test_what_autograd_keeps(step):
+    """All that a step keeps, each storage once, but for the parameters, the statistics, the images and the labels."""
+    model, batch, _ = step
+    kept = {}
+    for name in ("eager", "checkpointed"):
+        task = tasks.Training(TRAINERS[name], copy.deepcopy(model), batch, 1, spare=True)
+        kept[name] = task.memory()[-1]
+    # Checkpointing keeps what goes into the blocks, and of stem and head what eager does.
+    assert kept["eager"] > 4 * kept["checkpointed"] > 0
+    # Eager keeps what goes into each BatchNorm, each ReLU6 (a copy, as that writes in place) and each convolution after
+    # it; the few bytes more are what comes out of the blocks, and the head.
+    sizes: list[int] = []
+    plain = copy.deepcopy(model)
+    plain.fused = False
+    for module in plain.modules():
+        copies = {torch.nn.Conv2d: 1, torch.nn.ReLU6: 2}.get(type(module), 0)
+        module.register_forward_hook(lambda module, x, y, copies=copies: sizes.append(copies * y[0].nbytes))
+    plain(batch[0])
+    assert sum(sizes) < kept["eager"] < 1.1 * sum(sizes)
+
+
+def test_train_on_the_command_line(monkeypatch):
+    asked = []
+
+    def run(options, progress):
+        asked.append(options)
+        return benchmark.Result(options, [Row("fused", "1", ms=1.0, q1_ms=1.0, q3_ms=1.0)], None, "scalar_f32")
+
+    monkeypatch.setattr(benchmark, "run", run)
+    command = CliRunner().invoke(cli.app, ["bench", "--train", "--json"])
+    assert command.exit_code == 0 and json.loads(command.stdout)["options"]["train"]
+    assert asked == [Options(batch=32, train=True)]
+    for bad, word in (["--peers"], "--peers"), (["--batch", "1", "--resolution", "32"], "BatchNorm"):
+        command = CliRunner().invoke(cli.app, ["bench", "--train", *bad])
+        assert command.exit_code == 2 and command.stdout == ""
+        assert word in command.stderr and command.stderr.count("\n") == 1
+
+
+def _scale(found: dict[str, Any], word: str, factor: float) -> dict[str, Any]:
+    return {name: np.asarray(values * factor) if word in name else values for name, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    "word, factor, said",
+    [
+        ("gradient", 1.2, r"its gradients are off by 2\.0e-01 \(median\), more than"),
+        (
+            "gradient of features.8.conv.1.0.weight",
+            2,
+            r"its gradient of features.8.conv.1.0.weight is off by 1\.0e\+00",
+        ),
+        ("features.9.conv.1.1.running_var", 1.01, "its features.9.conv.1.1.running_var is off by 1.0e-02"),
+        ("features.9.conv.1.1.num_batches_tracked", 0, "its features.9.conv.1.1.num_batches_tracked is off by 1"),
+        ("loss", 1.01, "its loss is off by 1.0e-02"),
+        ("gradient of features.18.1.bias", math.nan, "its gradient of features.18.1.bias is not finite"),
+    ],
+)
+def test_a_wrong_step_is_not_timed(step, word, factor, said):
+    row = Row("wrong", "1")
+    found = _scale(take(TRAINERS["eager"], step), word, factor)
+    tasks.Training.verify(row, _Says(found), step[-1])
+    assert re.match(said, row.error) and row.error.endswith("not timed")
+
+
+def test_a_step_without_a_gradient_or_with_statistics_updated_twice_is_not_timed(step):
+    row = Row("wrong", "1")
+    found = take(TRAINERS["eager"], step)
+    del found["gradient of classifier.1.bias"]
+    tasks.Training.verify(row, _Says(found), step[-1])
+    assert row.error == "it has no gradient of classifier.1.bias: not timed"
+    secretly = TRAINERS["checkpointed"]._replace(recomputes=False)
+    tasks.Training.verify(row, _Says(take(secretly, step)), step[-1])
+    assert "num_batches_tracked is off" in row.error or "running" in row.error
+
+
 # ---- what goes wrong
-
-
-class _Says:
-    """In place of a worker: gives these logits."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits
-
-    def ask(self, command: str) -> tuple[torch.Tensor, str]:
-        return self.logits, ""
 
 
 @pytest.mark.parametrize("factor, shown", [(1.002, 0.002), (math.nan, None)])
 def test_wrong_logits_are_not_timed(factor, shown):
     exact = torch.randn(2, 10, dtype=torch.float64)
     row = Row("wrong", "1")
-    benchmark._verify(row, _Says(exact * factor), exact)
+    tasks.Inference.verify(row, _Says(exact * factor), exact)
     assert "off by" in row.error and row.relative_error == (shown and pytest.approx(shown))
     right = Row("right", "1")
-    benchmark._verify(right, _Says(exact * 1.0005), exact)
+    tasks.Inference.verify(right, _Says(exact * 1.0005), exact)
     assert right.error == "" and right.relative_error == pytest.approx(0.0005)
 
 
 def test_logits_of_another_shape_are_not_timed():
     row = Row("wrong", "1")
-    benchmark._verify(row, _Says(torch.ones(10)), torch.ones(2, 10))
+    tasks.Inference.verify(row, _Says(torch.ones(10)), torch.ones(2, 10))
     assert row.error == "its logits are [10], expected [2, 10]"
 
 
@@ -214,19 +386,19 @@ def test_a_row_with_an_error_is_shown():
 def test_a_worker_that_dies_or_cannot_prepare_says_why(small):
     model, images = small
     options = benchmark._complete(Options(**SMALL, memory=False))
-    with benchmark._workers(list(peers.RUNNERS[:1]), options, model, images) as ((worker,), _):
+    with benchmark._workers(list(peers.RUNNERS[:1]), options, model, (images,)) as ((worker,), _):
         assert worker.error() == ""
-        assert worker.ask("logits")[0].shape == (2, 20)
+        assert worker.ask("answer")[0].shape == (2, 20)
         os.kill(worker._process.pid, signal.SIGKILL)
         assert worker.ask("time") == (None, "its process ended with exit code -9")
         assert worker.ask("time") == (None, "its process ended with exit code -9")
-    with benchmark._workers(list(peers.RUNNERS[:1]), options, model, images.double()) as ((worker,), _):
+    with benchmark._workers(list(peers.RUNNERS[:1]), options, model, (images.double(),)) as ((worker,), _):
         assert "RuntimeError: the model would not run fused" in worker.error()
 
 
 def test_peers_that_are_not_installed_are_named(monkeypatch):
     absent = peers.Runner("imaginary", peers.RUNNERS[0].prepare, ("onnx-of-nobody", "imaginary-runtime"))
-    monkeypatch.setattr(benchmark, "RUNNERS", (peers.RUNNERS[0], absent))
+    monkeypatch.setattr(tasks.Inference, "runners", (peers.RUNNERS[0], absent))
     result = benchmark.run(Options(**SMALL, rounds=1, peers=True, memory=False))
     assert [row.name for row in result.rows] == ["fused"]
     assert result.not_installed == {"imaginary": "not installed: pip install onnx-of-nobody imaginary-runtime"}
@@ -243,6 +415,9 @@ def test_peers_that_are_not_installed_are_named(monkeypatch):
         (dict(seconds=math.nan), "width must be above 0 and seconds not below 0"),
         (dict(runners=("eager", "lazy")), r"runners must be among .*, got \['lazy'\]"),
         (dict(kernel="scalar_f64"), "kernel must be one of .*, got 'scalar_f64'"),
+        (dict(train=True, runners=("onnxruntime",)), r"runners must be among .*, got \['onnxruntime'\]"),
+        (dict(train=True, peers=True), "train and peers exclude each other"),
+        (dict(train=True, batch=1, resolution=32), "two values or more: batch 1 at 32x32 leaves one"),
     ],
 )
 def test_impossible_options(options, message):

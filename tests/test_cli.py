@@ -1,6 +1,7 @@
 """The command line as scripts and people see it: exit status, what is on stdout, what on stderr."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mnv2_fused
-from mnv2_fused import benchmark, cli, images
+from mnv2_fused import benchmark, cli, digits, images
 from mnv2_fused.cli import app
 from mnv2_fused.weights import random_model
 
@@ -287,45 +288,140 @@ def test_what_bench_cannot_do_is_one_line(args, word):
     assert result.stdout == "" and word in result.stderr and result.stderr.count("\n") == 1
 
 
-# ---- demo
+# ---- demo digits; the training is tested with digits.py
 
 
-def test_demo(tmp_path, monkeypatch):
+def test_demo_digits(tmp_path):
+    """The whole of it."""
+    result = run("demo", "--plot", tmp_path / "demo.png")
+    assert "runs as one op" in result.stdout and "plain PyTorch" not in result.stdout
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 100  # digits, not a blank
+
+
+def test_demo_digits_compared_and_too_short(tmp_path):
+    result = run("demo", "digits", "--compare", "--epochs", 1, "--seed", 3, "--plot", tmp_path / "demo.svg", status=1)
+    assert "fused and plain training agree: over the first 21 steps" in result.stdout
+    assert all(text in result.stdout for text in ("21 steps of 64 images", "seed 3", "1 thread"))
+    wrote, error = result.stderr.splitlines()
+    assert "demo.svg" in wrote and error.startswith("error: the test accuracy of fused is ") and "below 97%" in error
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """digits.measure replaced: keeps the options it was given, answers at once."""
+
+    def measure(options, progress):
+        trained.append(options)
+        progress(digits.Step(1, 2, 1, 2.3, 0.1))
+        losses = [2.0 - i / 100 + (1e-4 if options.nudged else 0) for i in range(options.steps or 100)]
+        labels = digits.digits().test_labels.tolist()
+        return digits.Run(digits.Training(losses, 0.99, 1.5), 3.0, labels, "", 1e-7)
+
+    trained = []
+    monkeypatch.setattr(digits, "measure", measure)
+    return trained
+
+
+def test_demo_digits_passes_its_options_on(trained, tmp_path):
+    args = "--compare --epochs 2 --seed 4 --threads 3".split()
+    shown = run("demo", *args, "--plot", tmp_path / "demo.pdf")
+    fused, plain, yardstick = trained
+    assert fused == digits.Options(epochs=2, seed=4, threads=3)
+    assert plain == digits.Options(fused=False, epochs=2, seed=4, threads=3)
+    assert yardstick == digits.Options(fused=False, nudged=True, epochs=2, seed=4, threads=3, steps=50)
+    assert shown.stdout.count("99.00%") == 2
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"training": digits.Training([3.0] * 100, 0.99, 1.5)}, "losses of fused and plain training disagree"),
+        ({"training": digits.Training([2.0] * 100, 0.96, 1.5)}, "test accuracy of fused is 96.0%, below 97%"),
+        ({"why_not_fused": "it is odd"}, "did not run as one op"),
+        ({"eval_error": float("nan")}, "did not run as one op"),
+    ],
+)
+def test_demo_digits_notices(trained, tmp_path, monkeypatch, wrong, words):
+    measure = digits.measure
+
+    def faulty(options, progress):
+        found = measure(options, progress)
+        return dataclasses.replace(found, **wrong) if options.fused else found
+
+    monkeypatch.setattr(digits, "measure", faulty)
+    result = run("demo", "--compare", "--plot", tmp_path / "demo.png", status=1)
+    assert words in result.stderr and result.stderr.count("error: ") == 1
+
+
+def test_demo_digits_whose_process_fails(monkeypatch, tmp_path):
+    def measure(options, progress):
+        raise digits.TrainingFailed("its process ended with exit code -11")
+
+    monkeypatch.setattr(digits, "measure", measure)
+    result = run("demo", "--plot", tmp_path / "demo.png", status=1)
+    assert result.stderr == "error: training (fused) failed: its process ended with exit code -11\n"
+
+
+# ---- demo photographs
+
+
+def test_demo_photographs(tmp_path, monkeypatch):
     """The whole of it, but for the seconds of timing."""
     monkeypatch.setattr(cli, "DEMO_SECONDS", 0.0)
-    result = run("demo", "--plot", tmp_path / "demo.png")
+    result = run("demo", "photographs", "--plot", tmp_path / "demo.png")
     assert "plain PyTorch agree" in result.stdout and "Random weights" in result.stderr
     assert all(text in result.stdout for text in ("china.jpg", "flower.jpg", "eager channels_last"))
     with Image.open(tmp_path / "demo.png") as image:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 1000  # photographs, not a blank
 
 
-def test_demo_with_weights_and_labels(folder, tmp_path, measured):
+def test_demo_photographs_with_weights_and_labels(folder, tmp_path, measured):
     (tmp_path / "labels.txt").write_text("".join(f"$thing [b]{i}\n" for i in range(10)))  # TeX and markup, if taken so
     args = ("--weights", folder / "weights.pth", "--labels", tmp_path / "labels.txt", "--plot", tmp_path / "demo.svg")
     measured.rows[0].memory_mb = 3.0
-    shown = run("demo", *args)
+    shown = run("demo", "photographs", *args)
     assert shown.stdout.count("$thing [b]") == 20 and "Random" not in shown.stderr
     assert measured.options.width == 0.35
     assert (tmp_path / "demo.svg").read_text().count("<svg") == 1
 
 
-def test_demo_notices_a_disagreement(tmp_path, measured, monkeypatch):
+def test_demo_photographs_notices_a_disagreement(tmp_path, measured, monkeypatch):
     monkeypatch.setattr(cli, "TOLERANCE", -1.0)
-    result = run("demo", "--plot", tmp_path / "demo.png", status=1)
+    result = run("demo", "photographs", "--plot", tmp_path / "demo.png", status=1)
     assert "DISAGREE" in result.stdout and "disagree" in result.stderr
 
 
+# ---- either demo
+
+
+@pytest.mark.parametrize("subject", ["digits", "photographs"])
 @pytest.mark.parametrize("module", ["sklearn.datasets", "matplotlib.figure"])
-def test_a_missing_extra_is_one_line(monkeypatch, module):
+def test_a_missing_extra_is_one_line(monkeypatch, module, subject):
     monkeypatch.setitem(sys.modules, module, None)
-    result = run("demo", status=2)
+    result = run("demo", subject, status=2)
     assert "pip install 'mnv2-fused[demo]'" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_demo_cannot_write(tmp_path):
-    result = run("demo", "--plot", tmp_path / "nowhere" / "demo.png", status=2)
-    assert "a folder that exists" in result.stderr and result.stdout == ""
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--plot", "nowhere/demo.png"], "a folder that exists"),
+        (["photographs", "--plot", "nowhere/demo.png"], "a folder that exists"),
+        (["photographs", "--compare", "--seed", "0"], "--compare, --seed: not for the demo of photographs"),
+        (["--weights", "random"], "--weights: not for the demo of digits"),
+    ],
+)
+def test_what_demo_cannot_do_is_one_line(args, words):
+    result = run("demo", *args, status=2)
+    assert words in result.stderr and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize("subject", ["digits", "photographs"])
+def test_demo_with_an_impossible_kernel(monkeypatch, tmp_path, subject):
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", "avx9000_f32")
+    result = run("demo", subject, "--plot", tmp_path / "demo.png", status=2)
+    assert result.stdout == "" and "avx9000_f32" in result.stderr
 
 
 # ---- as a process
