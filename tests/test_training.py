@@ -1117,3 +1117,52 @@ def test_no_images(evaluated: bool) -> None:
         assert outcomes[0].keys() == outcomes[1].keys()
         for name, right in outcomes[1].items():
             assert torch.allclose(outcomes[0][name], right, equal_nan=True), name
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def joint_problem() -> tuple[nn.Module, Tensor, Tensor]:
+    """Blocks with and without expansion and residual; images whose means differ from process to process."""
+    torch.manual_seed(0)
+    blocks = InvertedResidual(6, 6, 1, 6), InvertedResidual(6, 10, 2, 4), InvertedResidual(10, 10, 1, 1)
+    x = torch.randn(5, 6, 9, 7, dtype=torch.float64) + 2 * torch.arange(5).view(5, 1, 1, 1)
+    return nn.Sequential(*blocks).double().train(), x, torch.randn(5, 10, 5, 4, dtype=torch.float64)
+
+
+def one_of_two(rank: int, store: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    blocks, x, weights = joint_problem()
+    blocks = nn.SyncBatchNorm.convert_sync_batchnorm(blocks)
+    share = slice(0, 2) if rank == 0 else slice(2, 5)
+    mine = x[share].clone().requires_grad_()
+    y = blocks(mine)
+    (y * weights[share]).sum().backward()
+    for p in blocks.parameters():
+        torch.distributed.all_reduce(p.grad)
+    found = {"y": y.detach(), "x": mine.grad, **{name: p.grad for name, p in blocks.named_parameters()}}
+    torch.save({**found, **dict(blocks.named_buffers())}, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """SyncBatchNorm over two gloo processes with 2 and 3 images: the gradients of one process with all 5."""
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    blocks, x, weights = joint_problem()
+    for block in blocks:
+        block.fused = False
+    x.requires_grad_()
+    y = blocks(x)
+    (y * weights).sum().backward()
+    right = {**{name: p.grad for name, p in blocks.named_parameters()}, **dict(blocks.named_buffers())}
+    largest = max(float(t.double().norm()) for t in right.values())
+    for name, truth in right.items():
+        for found in (first, second):
+            assert (
+                float((found[name] - truth).double().norm()) <= EXACT * float(truth.double().norm()) + 1e-13 * largest
+            )
+    for name, truth in (("y", y.detach()), ("x", x.grad)):
+        found = torch.cat([first[name], second[name]])
+        assert float((found - truth).norm()) <= EXACT * float(truth.norm()), name
