@@ -119,6 +119,10 @@ struct TrainingPass {
   void* dx;                                                       // [H][W][in_channels], overwritten
 };
 
+// Kernel::moments takes so many pixels at once: their sums of products are rounded to the row's type, the rest to
+// double.
+constexpr int kMomentPixels = 256;
+
 // One row of the kernel table. Every pointer is to the row's dtype; sizes and offsets are in elements.
 struct Kernel {
   const char* name;

@@ -13,6 +13,7 @@ Everything per channel is computed in float64: it costs nothing beside the pixel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ from .ops import (
     _channels_last_strides,
     _no_second_derivative,
     _output_shape,
-)  # fmt: skip
+    _walk,
+)
 
 _OPS = torch.ops.mnv2_fused
 
@@ -547,13 +549,17 @@ def _expect_ops(x: Tensor) -> None:
     expect(not reason, reason)
 
 
-def why_not(conv: nn.Module, x: Tensor, residual: bool) -> str:
-    """Why `run_block` would refuse this call; "" when it would not."""
+def _refusal(describe: Callable[..., object], *arguments: object) -> str:
     try:
-        _describe(conv, x, residual)
+        describe(*arguments)
     except network.Unfusable as refusal:
         return str(refusal)
     return ""
+
+
+def why_not(conv: nn.Module, x: Tensor, residual: bool) -> str:
+    """Why `run_block` would refuse this call; "" when it would not."""
+    return _refusal(_describe, conv, x, residual)
 
 
 def _describe(conv: nn.Module, x: Tensor, residual: bool) -> network.Stage:
@@ -587,14 +593,10 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     stages = [_NO_STAGE] * (3 - len(weights)) + [_stage(*pair) for pair in weights]
     group = _group(norms[3 - len(weights) :])
     sides = [layer.pad_left, layer.pad_right, layer.pad_top, layer.pad_bottom]
-    batch, _, height, width = x.shape
-    reach = 2 * layer.dilation + 1
-    out_height = (height + layer.pad_top + layer.pad_bottom - reach) // layer.stride + 1
-    out_width = (width + layer.pad_left + layer.pad_right - reach) // layer.stride + 1
-    expect_input, expect_output = (batch, layer.hidden_channels, height, width), (batch, 1, out_height, out_width)
-    for stage, size in zip(stages, (expect_input, expect_output, expect_output), strict=True):
+    out_shape, _ = _walk(x, [0, *layer])
+    for stage, shape in zip(stages, (x.shape, out_shape, out_shape), strict=True):
         if stage.weight is not None and stage.mean is None and not group:
-            _verify_batch_size([size[0], stage.weight.shape[0], *size[2:]])
+            _verify_batch_size([shape[0], stage.weight.shape[0], *shape[2:]])
     y, _, counts, _, _, _, *statistics = _OPS.block_train(
         x, *(value for stage in stages for value in stage), layer.stride, layer.dilation, sides, residual, group
     )
@@ -609,11 +611,7 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
 
 def why_not_conv_bn_relu6(module: nn.Module, x: Tensor) -> str:
     """Why `run_conv_bn_relu6` would refuse this call; "" when it would not."""
-    try:
-        _describe_conv(module, x)
-    except network.Unfusable as refusal:
-        return str(refusal)
-    return ""
+    return _refusal(_describe_conv, module, x)
 
 
 def _describe_conv(module: nn.Module, x: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d, Stage, str]:

@@ -10,6 +10,7 @@
 
 namespace mnv2_fused {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // --- dispatch.cpp
@@ -49,6 +50,8 @@ struct Program {
   int64_t activation_size, scratch_size, partial_size, zeros_size, features;  // in elements
 };
 
+// Of each pixel of a ring of rows, row-major, in elements; tile_m entries wrap around.
+std::vector<int32_t> pixel_offsets(int64_t rows, int64_t row_length, int64_t left, int64_t width, const Tiles& tiles);
 int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation);
 // The program's out_height is 0 where some layer's output would be empty. Throws std::length_error for sizes beyond
 // what the kernels count in 32 bits.

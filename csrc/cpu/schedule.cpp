@@ -16,8 +16,6 @@ constexpr int64_t kMaxGroups = 4, kMinGroupChannels = 96;
 constexpr int64_t kPanelBytes = 160 << 10;
 constexpr int kMaxStripe = 8;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Resolver {
   const Kernel& kernel;
   const Tiles& tiles;
@@ -98,20 +96,22 @@ struct Resolver {
       program.partial_size = std::max(program.partial_size, round_up(out * step.groups, 16));
     }
 
-    std::vector<int32_t> offsets;
-    const size_t pixels = size_t(step.ring_rows) * step.width;
-    offsets.reserve(pixels + tiles.tile_m);
-    for (int row = 0; row < step.ring_rows; ++row) {
-      const int64_t first = int64_t(row) * step.row_length + step.pad_left;
-      for (int column = 0; column < step.width; ++column) offsets.push_back(int32_t((first + column) * panel));
-    }
-    for (int i = 0; i < tiles.tile_m; ++i) offsets.push_back(offsets[i]);
-    program.pixel_offsets.push_back(std::move(offsets));
+    program.pixel_offsets.push_back(pixel_offsets(step.ring_rows, step.row_length, step.pad_left, step.width, tiles));
     step.pixel_offsets = program.pixel_offsets.back().data();
   }
 };
 
 }  // namespace
+
+std::vector<int32_t> pixel_offsets(int64_t rows, int64_t row_length, int64_t left, int64_t width, const Tiles& tiles) {
+  std::vector<int32_t> offsets;
+  offsets.reserve(size_t(rows * width + tiles.tile_m));
+  for (int64_t pixel = 0; pixel < rows * width + tiles.tile_m; ++pixel) {
+    const int64_t row = pixel / width % rows, column = pixel % width;
+    offsets.push_back(int32_t((row * row_length + left + column) * tiles.panel));
+  }
+  return offsets;
+}
 
 int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation) {
   const int64_t room = in + pad - 2 * dilation - 1;

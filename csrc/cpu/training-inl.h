@@ -232,8 +232,6 @@ struct Training : Forward<Isa> {
     *to_square += square + delta * delta * (before * count / total);
   }
 
-  static constexpr int kMomentPixels = 256;  // at once: their sums of products are rounded to T, the rest to double
-
   // Scratch: mean and products of a chunk, its pixels in panels: [panels][kMomentPixels][kPanel].
   static void moments(const void* x_, int64_t pixels, int channels, double count, double* mean, double* products,
                       void* scratch_) {

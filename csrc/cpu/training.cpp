@@ -18,7 +18,6 @@ constexpr int64_t kBufferBytes = 256 << 10;
 // So many products are added up in the row's own type before they are added to a double.
 constexpr int64_t kPixelsPerFlush = 8192;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_size(const Kernel& kernel) { return kernel.dtype == Dtype::kFloat32 ? 4 : 8; }
 
 struct Schedule {
@@ -73,22 +72,12 @@ struct Schedule {
     t.scratch_size = round_up(t.rows_offset + pointers * 8 / element_size(kernel) + 1, 16);
     zeros_size = round_up((row_length + 1) * tiles.panel, 16);
 
-    h_offsets = offsets(s.ring_rows, row_length, s.pad_left, width, tiles);
-    d_offsets = offsets(t.d_ring_rows, d_row_length, d_pad_left, out_width, tiles);
+    h_offsets = pixel_offsets(s.ring_rows, row_length, s.pad_left, width, tiles);
+    d_offsets = pixel_offsets(t.d_ring_rows, d_row_length, d_pad_left, out_width, tiles);
     s.pixel_offsets = h_offsets.data();
     t.d_pixel_offsets = d_offsets.data();
   }
   Schedule(const Schedule&) = delete;
-
-  static std::vector<int32_t> offsets(int64_t rows, int64_t row_length, int64_t left, int64_t width,
-                                      const Tiles& tiles) {
-    std::vector<int32_t> offsets;
-    for (int64_t pixel = 0; pixel < rows * width + tiles.tile_m; ++pixel) {
-      const int64_t row = pixel / width % rows, column = pixel % width;
-      offsets.push_back(int32_t((row * row_length + left + column) * tiles.panel));
-    }
-    return offsets;
-  }
 };
 
 // Adds a panel-wise accumulator of the row's type to one of doubles, and begins it anew.
@@ -299,12 +288,11 @@ void run(const Kernel& kernel, const Layer& layer, int64_t height, int64_t width
 
 void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean, double* products,
              int threads, Parallel parallel) {
-  constexpr int64_t kPixels = 256;  // a kernel's chunk: threads get whole ones
-  const int64_t panel = kernel.tiles.panel, size = round_up(channels, panel), chunks = ceil_div(pixels, kPixels);
+  const int64_t panel = kernel.tiles.panel, size = round_up(channels, panel), chunks = ceil_div(pixels, kMomentPixels);
   const int workers = int(std::min<int64_t>(threads, chunks));
-  const auto begin = [&](int w) { return std::min(chunks * w / workers * kPixels, pixels); };
+  const auto begin = [&](int w) { return std::min(chunks * w / workers * kMomentPixels, pixels); };
   const int64_t doubles = size + size * size;
-  const int64_t scratch = (2 * size + panel * panel + size * kPixels) * element_size(kernel);
+  const int64_t scratch = (2 * size + panel * panel + size * kMomentPixels) * element_size(kernel);
   const int64_t worker_bytes = round_up(doubles * 8 + scratch, 64);
   const Arena arena(workers * worker_bytes);
   on_workers(workers, parallel, [&](int w) {
