@@ -98,7 +98,7 @@ class _Norm:
         self.count = count
         bias = 0.0 if stage.bias is None else stage.bias.double()  # of the convolution: the batch's mean takes it away
         self.mean = mean if self.batch else stage.mean.double() - bias
-        self.rstd = ((var.clamp(min=0) if self.batch else stage.var.double()) + stage.eps).rsqrt()
+        self.rstd = ((var if self.batch else stage.var.double()) + stage.eps).rsqrt()
         self.scale = self.rstd if stage.scale is None else self.rstd * stage.scale.double()
         self.shift = -self.scale * self.mean
         if stage.shift is not None:
@@ -171,7 +171,7 @@ class _Block:
         joint = _sum_over(group, mean * count) / total if group else mean
         products = products + count * torch.outer(mean - joint, mean - joint) if group else products
         var = ((weight @ _sum_over(group, products)) * weight).sum(1) / total
-        return center, joint, products, weight @ joint, var
+        return center, joint, products, weight @ joint, var.clamp(min=0)  # below 0 by rounding, where terms cancel
 
 
 @torch.library.custom_op(
@@ -262,34 +262,33 @@ def _block_train_backward(dy, z, *arguments):
     dz = _OPS.affine(dy, z if norm.batch else None, torch.stack(coefficients).to(x.dtype))
 
     # The recomputed part: with batch statistics once for d's sums, once more for what is below; else once for all.
-    block.fold_expand(counts[0], x_center, e_mean, e_var)
-    norm = _Norm(depthwise, d_mean, d_var, counts[1])
     below = want_x or any(want_e) or want_d[0]
-    bits = WANT_X * want_x + WANT_EXPAND * (want_x or any(want_e)) + WANT_DEPTHWISE * want_d[0]
+    if below or any(want_d) or want_p[0]:
+        block.fold_expand(counts[0], x_center, e_mean, e_var)
+        norm = _Norm(depthwise, d_mean, d_var, counts[1])
+        products = any(want_e) or (want_x and expand.weight is not None and block.expand_norm.batch)
+        bits = WANT_X * want_x + WANT_EXPAND * products + WANT_DEPTHWISE * want_d[0]
 
-    def gradients(coefficients: tuple[Tensor, ...], bits: int) -> tuple[Tensor, ...]:
-        table = torch.stack([norm.scale, norm.shift, norm.mean, *coefficients]).to(x.dtype)
-        return _OPS.block_gradients(
-            dz, block.centered, *block.pair, depthwise.weight, project.weight, table, *block.geometry, bits
-        )
+        def gradients(coefficients: tuple[Tensor, ...], bits: int) -> tuple[Tensor, ...]:
+            table = torch.stack([norm.scale, norm.shift, norm.mean, *coefficients]).to(x.dtype)
+            return _OPS.block_gradients(
+                dz, block.centered, *block.pair, depthwise.weight, project.weight, table, *block.geometry, bits
+            )
 
-    zero = torch.zeros_like(norm.scale)
-    once = not norm.batch
-    first = gradients((norm.scale, zero, zero), (bits if once else 0) | WANT_PROJECT * want_p[0])
-    *_, project_gradient, sums = first
-    sums = norm.sums(sums, x.dtype)
-    result["depthwise_scale"], result["depthwise_shift"] = norm.rstd * sums[1], sums[0]
-    result["depthwise_bias"] = norm.scale * sums[0] if once else zero
-    if want_p[0]:
+        zero = torch.zeros_like(norm.scale)
+        once = not norm.batch
+        first = gradients((norm.scale, zero, zero), (bits if once else 0) | WANT_PROJECT * want_p[0])
+        *_, project_gradient, sums = first
+        sums = norm.sums(sums, x.dtype)
+        result["depthwise_scale"], result["depthwise_shift"] = norm.rstd * sums[1], sums[0]
+        result["depthwise_bias"] = norm.scale * sums[0] if once else zero
         result["project_weight"] = project_gradient
     if below:
         dx, expand_gradient, depthwise_gradient, _, sums = (
             first if once else gradients(norm.backward(*_sum_over(group, sums)), bits)
         )
-        result["depthwise_weight"] = depthwise_gradient.t()
-        if expand.weight is None:
-            result["x"] = dx
-        elif bits & WANT_EXPAND:
+        result["x"], result["depthwise_weight"] = dx, depthwise_gradient.t()
+        if products:
             _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient.t(), sums[2], want_x, result)
         if want_x and block.residual and (expand.weight is None or not block.expand_norm.batch):
             result["x"] += dy
@@ -317,7 +316,6 @@ def _expand_backward(
         product += total * (weight @ x_center - norm.mean)
         result["expand_weight"] = norm.scale.view(-1, 1) * (about_mean + total.view(-1, 1) * mean)
         result["expand_bias"] = norm.scale * total
-        result["x"] = dx
     result["expand_scale"], result["expand_shift"] = norm.rstd * product, total
     if not norm.batch:
         return
@@ -336,7 +334,6 @@ def _expand_backward(
         constant = (norm.scale * joint_total / norm.count) @ weight - slope @ (mean - x_center)
         residual = dy if block.residual else None
         _OPS.matrix_add_(dx, block.centered, -slope.to(dx.dtype), -constant.to(dx.dtype), residual)
-        result["x"] = dx
 
 
 @_block_train_backward.register_fake

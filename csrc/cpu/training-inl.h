@@ -168,8 +168,8 @@ struct Training : Forward<Isa> {
   static constexpr Gather kGather[10] = {gather<0>, gather<1>, gather<2>, gather<3>, gather<4>,
                                          gather<5>, gather<6>, gather<7>, gather<8>, gather<9>};
 
-  // One row of ge, [width][kPanel], for one vector of channels. h is null where the row of h was never computed,
-  // because no output reads it, and where there is no expansion.
+  // One row of ge, [width][kPanel], for one vector of channels. h is null where there is no expansion; what it holds
+  // does not matter where no output reads the row.
   static void filter_back_row(const TrainingStep& t, const T* weight, const T* dd_ring, const T* h, T* ge, int row,
                               T* sum) {
     const Step& s = t.step;
@@ -443,9 +443,8 @@ struct Training : Forward<Isa> {
           for (int row = emitted; row < end; ++row) {
             for (int v = 0; v < width; v += kLanes) {
               const T* h = ring + row % s.ring_rows * ring_row + s.pad_left * kPanel + v;
-              filter_back_row(t, static_cast<const T*>(a.depthwise) + int64_t(c + v) * 9, dd + v,
-                              expands && row < filled ? h : nullptr, ge + int64_t(row - emitted) * s.width * kPanel + v,
-                              row, sums + 2 * kPanel + v);
+              filter_back_row(t, static_cast<const T*>(a.depthwise) + int64_t(c + v) * 9, dd + v, expands ? h : nullptr,
+                              ge + int64_t(row - emitted) * s.width * kPanel + v, row, sums + 2 * kPanel + v);
             }
           }
           const int64_t at = int64_t(emitted) * s.width * s.in_channels;
