@@ -103,6 +103,16 @@ struct TrainingStep {
   int64_t d_offset, dd_offset, ge_offset, rows_offset, scratch_size;
 };
 
+// So many products are added up in the row's own type before they are added to doubles.
+constexpr int kPixelsPerFlush = 1024;
+
+// Sums over pixels, [panels][rows][panel], in the row's own type until they are added to doubles.
+struct Accumulator {
+  void* rounded;  // null where they are not asked for
+  double* exact;
+  int64_t rows, pending;  // pixels in `rounded`
+};
+
 // Everything a pass reads and adds to, for one image. Panels are those of the hidden channels; hidden channels that do
 // not exist have zeros. What is null is not computed. Accumulators grow from image to image.
 struct TrainingPass {
@@ -112,15 +122,15 @@ struct TrainingPass {
   const void* project_back;          // out_channels -> hidden_channels
   const void* depthwise;             // packed
   const void* coefficients;          // [panels][6][panel]: scale, shift, center, p, q, r
+  bool batch;                        // q is not all 0: dd depends on d beyond its sign
   double *mean, *square;             // of d: [panels * panel]; of the `count` values of images before
   double count;
-  double* sums;                                                   // [panels][3][panel]: of g, of g (d - center), of ge
-  void *project_gradient, *expand_gradient, *depthwise_gradient;  // [panels][out, in or 9][panel]
-  void* dx;                                                       // [H][W][in_channels], overwritten
+  double* sums;  // [panels][4][panel]: of g, g (d - center), ge, ge h
+  Accumulator expand_gradient, depthwise_gradient, project_gradient;  // rows: in, 9, out
+  void* dx;                                                           // [H][W][in_channels], overwritten
 };
 
-// Kernel::moments takes so many pixels at once: their sums of products are rounded to the row's type, the rest to
-// double.
+// Kernel::moments takes so many pixels at once, less their mean.
 constexpr int kMomentPixels = 256;
 
 // One row of the kernel table. Every pointer is to the row's dtype; sizes and offsets are in elements.
@@ -144,11 +154,11 @@ struct Kernel {
   void (*linear)(const Step&, const void* packed, const void* x, void* y, int64_t rows, int panel0, int panel1);
 
   // One image of a training pass: moments of d where `mean` is given, gradients where `dz` is.
-  void (*train)(const TrainingStep&, const TrainingPass&, void* scratch, const void* zeros);
+  void (*train)(const TrainingStep&, TrainingPass&, void* scratch, const void* zeros);
   // Mean [panels * panel] and centred products [panels * panel][panels * panel] (those at or right of the diagonal
   // panel) of the channels of `pixels` pixels, added to those of the `count` before.
   void (*moments)(const void* x, int64_t pixels, int channels, double count, double* mean, double* products,
-                  void* scratch);
+                  double* scratch);
 
   // Over the pixels of narrow tensors [pixels][channels]. Moments from nothing; sums [2][channels] of a and of
   // a (b - center); y = coefficients[0] a + coefficients[1] b + coefficients[2], b may be null; y += x . w + bias

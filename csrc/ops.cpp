@@ -304,8 +304,8 @@ struct TrainingBlock {
 };
 
 std::tuple<Tensor, Tensor> moments_of(const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.numel() > 0,
-                  "x must be [N, C, H, W] on the CPU with at least one element, got ", shape_of(input));
+  STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.size(1) > 0, "x must be [N, C, H, W] on the CPU, got ",
+                  shape_of(input));
   const Kernel& kernel = select_kernel(dtype_of(input, "x"));
   const Tensor x = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
   const int64_t channels = x.size(1);
@@ -320,7 +320,6 @@ std::tuple<Tensor, Tensor> filter_moments(const Tensor& x, const std::optional<T
                                           int64_t stride, int64_t dilation, std::vector<int64_t> padding) {
   const int64_t hidden = depthwise_weight.size(0);
   const TrainingBlock block(x, expand_weight.has_value(), hidden, 1, stride, dilation, padding);
-  STD_TORCH_CHECK(x.size(0) > 0, "x must have at least one image, got ", shape_of(x));
   BlockPass pass = block.pass();
   std::optional<Tensor> weight, bias;
   if (expand_weight) {
@@ -371,7 +370,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
                                  : new_tensor({0}, x, MemoryFormat::Contiguous);
   const Tensor expand_gradient = want(expand_weight ? int64_t(kExpandGradient) : 0, in);
   const Tensor depthwise_gradient = want(kDepthwiseGradient, 9), project_gradient = want(kProjectGradient, out);
-  const Tensor sums = doubles({3, hidden}, x);
+  const Tensor sums = doubles({4, hidden}, x);
   if (!any) {
     for (const Tensor* t : {&expand_gradient, &depthwise_gradient, &project_gradient, &sums}) {
       torch::stable::zero_(const_cast<Tensor&>(*t));
@@ -413,7 +412,6 @@ int thread_count() { return int(torch::stable::get_num_threads()); }
 
 std::tuple<Tensor, Tensor> channel_moments_of(const Tensor& input) {
   const Rows x(input, "x");
-  STD_TORCH_CHECK(x.pixels > 0, "x must have at least one pixel, got ", shape_of(input));
   const Tensor mean = doubles({x.channels}, input), square = doubles({x.channels}, input);
   channel_moments(*x.kernel, x.data(), x.pixels, x.channels, data_of(mean), data_of(square), thread_count(),
                   on_torch_threads);

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import network, training
@@ -246,15 +247,20 @@ class MobileNetV2(nn.Module):
             return {"": "the attribute `fused` is False"}
         if not self._chain.why_not(self, x):
             return {}
+        if reason := network.why_no_op(x):
+            return {"": reason}
         reasons = {"features": "hooks or a forward of its own"} if training.has_hooks(self.features) else {}
+        requires_grad, channels = x.requires_grad, x.shape[1]
         for name, module in self.features.named_children():
+            given = x.new_empty(x.shape[0], channels, 1, 1).requires_grad_(requires_grad)
             if isinstance(module, InvertedResidual):
-                reason = module.why_not_fused(x.new_empty(1, module.in_channels, 1, 1))
+                reason, channels = module.why_not_fused(given), module.out_channels
             else:
-                channels = getattr(next(module.children(), None), "in_channels", x.shape[1])
-                reason = training.why_not_conv_bn_relu6(module, x.new_empty(1, channels, 1, 1))
+                reason = training.why_not_conv_bn_relu6(module, given)
+                channels = getattr(next(module.children(), None), "out_channels", channels)
             if reason:
                 reasons[f"features.{name}"] = reason
+            requires_grad |= torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
         return reasons
 
     def why_not_fused(self, x: Tensor) -> str:

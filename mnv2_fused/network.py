@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules import module as _module
 from torch.utils.hooks import RemovableHandle
 
@@ -71,6 +71,11 @@ def _geometry(conv: nn.Conv2d) -> dict[str, int]:
 
 def conv_bn_relu6(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     conv, bn, _ = _children(module, nn.Conv2d, nn.BatchNorm2d, nn.ReLU6)
+    return _pair(conv, bn)
+
+
+def _pair(conv: nn.Module, bn: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    expect(bn.num_features == conv.out_channels, f"a BatchNorm of another width than its convolution: {bn}")
     return conv, bn
 
 
@@ -92,7 +97,7 @@ def block(module: nn.Module, residual: bool) -> Stage:
     *expand, _, _, _ = [None] * max(3, len(module._modules))
     types = (nn.Sequential,) * (len(expand) + 1) + (nn.Conv2d, nn.BatchNorm2d)
     *inner, project, project_bn = _children(module, *types)
-    weights = [*map(conv_bn_relu6, inner), (project, project_bn)]
+    weights = [*map(conv_bn_relu6, inner), _pair(project, project_bn)]
     if expand:
         _conv(weights[0][0], 1)
     depthwise = _conv(weights[-2][0], 3, depthwise=True)
@@ -247,10 +252,14 @@ class FusedChain:
 
 
 def why_no_op(x: Tensor) -> str:
-    """Why no call with x can run on our kernels now; "" when it can."""
-    if _is_tracing():
-        return "the model is being traced"
-    if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or not x.is_cpu or 0 in x.shape[1:]:
+    """Why no call with x can run on our kernels now; "" when it can.
+
+    The compiler traces this too, and calls the ops like any other. What is exported is to run without us.
+    """
+    if is_exporting() or (not is_compiling() and _is_tracing()):
+        return "the model is being traced or exported"
+    plain = is_compiling() or (type(x) in (Tensor, nn.Parameter) and 0 not in x.shape[1:])
+    if not plain or x.dim() != 4 or x.device.type != "cpu":
         return "the input is no plain CPU tensor [N, C, H, W] with pixels"
     if is_autocast_enabled("cpu"):
         return "autocast asks for another dtype"

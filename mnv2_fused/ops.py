@@ -60,8 +60,8 @@ def inverted_residual(
     """MobileNetV2's block as one op: 1x1 expand + ReLU6, 3x3 depthwise + ReLU6, 1x1 project (BN folded in).
 
     The expanded activation lives in registers and cache only. Outside the image it is 0 (the padding comes after the
-    first ReLU6). Gradients are those of `inverted_residual_reference`, from its inputs alone; under forward-mode
-    differentiation that reference runs. Source: Sandler et al., CVPR 2018, section 3 and Table 1.
+    first ReLU6). Gradients are those of `inverted_residual_reference`, from its inputs alone, and have none of their
+    own; under forward-mode differentiation and the transforms of torch.func that reference runs. Source: Sandler et al., CVPR 2018, section 3 and Table 1.
 
     Args:
         x: [N, C_in, H, W], float32 or float64, any strides; channels_last is read as it is, others are copied.
@@ -79,13 +79,14 @@ def inverted_residual(
 
     Raises:
         ValueError: a shape, option, dtype or device that does not fit; the message names the argument.
-        RuntimeError: MNV2_FUSED_KERNEL names a kernel that cannot run here or computes in another dtype.
+        RuntimeError: MNV2_FUSED_KERNEL names a kernel that cannot run here or computes in another dtype; or, in
+            backward, the gradients' own gradients are asked for.
     """
     arguments = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
     if isinstance(padding, int) and not isinstance(padding, bool):
         padding = (padding,) * 4
     _output_shape(*arguments, stride, dilation, padding, residual)
-    if torch.autograd.forward_ad._current_level >= 0:  # the op has no forward-mode derivative, its definition has
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual)
         return inverted_residual_reference(*arguments, **options, project_relu6=project_relu6)
     return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6)
@@ -189,7 +190,7 @@ def _backward(ctx, grad: Tensor):
             WANT_X * need_x | WANT_EXPAND * (need_we or need_be) | WANT_DEPTHWISE * need_wd | WANT_PROJECT * need_wp
         )
         dx, *sums = _OPS.block_gradients(grad, x, we, be, wd, wp, table, *geometry, wanted)
-        expand, depthwise, project, (total_d, _, total_e) = sums
+        expand, depthwise, project, (total_d, _, total_e, _) = sums
         gradients[:6] = (dx + grad if residual and need_x else dx), expand.t(), total_e, depthwise.t(), total_d, project
     gradients[6] = grad.sum((0, 2, 3)) if need_bp else None
     return *map(_like, gradients, (x, we, be, wd, bd, wp, bp), need), *[None] * 5
@@ -269,10 +270,23 @@ def _(
     expand, depthwise, project = (_doubles(x, size if wanted & bit else 0, hidden) for bit, size in rows)
     if expand_weight is None:
         expand = _doubles(x, 0, hidden)
-    return dx, expand, depthwise, project, _doubles(x, 3, hidden)
+    return dx, expand, depthwise, project, _doubles(x, 4, hidden)
 
 
 torch.library.register_autograd("mnv2_fused::block_gradients", _no_second_derivative)
+
+
+@register_flop_formula(_OPS.block_gradients, get_raw=True)
+def _(dz, x, we, be, wd, wp, coefficients, stride, dilation, padding, wanted, out_val=None, **_) -> int:
+    """Of the gradients; what is computed anew on the way is not counted, as that of a checkpoint is not."""
+    batch, channels, height, width = x.shape
+    pixels, out_pixels = batch * height * width, batch * dz.shape[2] * dz.shape[3]
+    hidden = wd.shape[0]
+    expand = 0 if we is None else pixels * channels * hidden
+    project, depthwise = out_pixels * hidden * wp.shape[0], out_pixels * hidden * 9
+    below = bool(wanted & (WANT_X | WANT_EXPAND))
+    macs = expand * (bool(wanted & WANT_X) + bool(wanted & WANT_EXPAND)) + project * bool(wanted & WANT_PROJECT)
+    return 2 * (macs + project + depthwise * (below + bool(wanted & WANT_DEPTHWISE)))
 
 
 # ------------------------------------------------------------------------------------------------- packed networks

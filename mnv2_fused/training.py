@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn.functional import _verify_batch_size
 from torch.nn.modules import module as _module
 
@@ -38,7 +37,7 @@ from .ops import (
 _OPS = torch.ops.mnv2_fused
 
 
-class Stage(NamedTuple):
+class ConvNorm(NamedTuple):
     """A convolution and its BatchNorm, as the ops take them."""
 
     weight: Tensor | None  # None: there is no expansion
@@ -50,10 +49,10 @@ class Stage(NamedTuple):
     eps: float
 
 
-_FIELDS = len(Stage._fields)
+_FIELDS = len(ConvNorm._fields)
 _NAMES = ("expand", "depthwise", "project")
 _STAGES = ", ".join(
-    ", ".join(f"Tensor? {name}_{field}" for field in Stage._fields[:-1]) + f", float {name}_eps" for name in _NAMES
+    ", ".join(f"Tensor? {name}_{field}" for field in ConvNorm._fields[:-1]) + f", float {name}_eps" for name in _NAMES
 )
 _OPTIONS = "int stride, int dilation, int[] padding, bool residual, str group"
 # float64; empty where a norm is frozen. Counts of pixels of e and of z; what x is less by in the kernels; the mean of x
@@ -63,8 +62,8 @@ _STATISTICS = ("counts", "x_center", "x_mean", "x_products", "e_mean", "e_var", 
 _INPUTS = 3 * _FIELDS  # of the stages; the options follow
 
 
-def _split(values: tuple) -> tuple[Stage, Stage, Stage]:
-    return tuple(Stage(*values[i : i + _FIELDS]) for i in range(0, _INPUTS, _FIELDS))
+def _split(values: tuple) -> tuple[ConvNorm, ConvNorm, ConvNorm]:
+    return tuple(ConvNorm(*values[i : i + _FIELDS]) for i in range(0, _INPUTS, _FIELDS))
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ def _join(group: str, count: float, total: Tensor, mean: Tensor, squares: Tensor
 class _Norm:
     """A BatchNorm as the affine map that it is in this call, and back through it. `mean` and `var` are the batch's."""
 
-    def __init__(self, stage: Stage, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    def __init__(self, stage: ConvNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
         self.batch = stage.mean is None
         self.count = count
         bias = 0.0 if stage.bias is None else stage.bias.double()  # of the convolution: the batch's mean takes it away
@@ -123,11 +122,12 @@ class _Norm:
 class _Block:
     """What forward and backward of a block both begin with: the weights as the kernels take them."""
 
-    def __init__(self, x: Tensor, stages: tuple[Stage, Stage, Stage], options: tuple) -> None:
+    def __init__(self, x: Tensor, stages: tuple[ConvNorm, ConvNorm, ConvNorm], options: tuple) -> None:
         self.expand, self.depthwise, self.project = stages
         self.stride, self.dilation, self.padding, self.residual, self.group = options
         self.geometry = (self.stride, self.dilation, list(self.padding))
         self.x = self.centered = _dense(x)
+        self.pixels = x.shape[0] * x.shape[2] * x.shape[3]
         self.hidden, self.out_channels = self.depthwise.weight.shape[0], self.project.weight.shape[0]
         self.pair: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
 
@@ -155,8 +155,7 @@ class _Block:
 
         A large mean leaves x first, or e, and g summed over the pixels, would lose their last digits to it.
         """
-        x, group = self.x, self.group
-        count = x.numel() // x.shape[1]
+        x, group, count = self.x, self.group, self.pixels
         empty = x.new_empty(0, dtype=torch.float64)
         if self.expand.mean is None:
             mean, products = _OPS.moments(x)
@@ -186,7 +185,7 @@ def _block_train(x, *arguments):
     shape = block.output_shape()
     count = shape[0] * shape[2] * shape[3]
     x = block.x
-    counts = x.new_tensor([x.numel() // x.shape[1], count], dtype=torch.float64)
+    counts = x.new_tensor([block.pixels, count], dtype=torch.float64)
     counts = _sum_over(group, counts)
     expand_statistics = tuple(x.new_empty(0, dtype=torch.float64) for _ in range(5))
     d_mean, d_var, z_mean, z_var = (x.new_empty(0, dtype=torch.float64) for _ in range(4))
@@ -289,12 +288,12 @@ def _block_train_backward(dy, z, *arguments):
         )
         result["x"], result["depthwise_weight"] = dx, depthwise_gradient.t()
         if products:
-            _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient.t(), sums[2], want_x, result)
+            _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient.t(), sums[2:], want_x, result)
         if want_x and block.residual and (expand.weight is None or not block.expand_norm.batch):
             result["x"] += dy
 
-    names = ["x"] + [f"{stage}_{field}" for stage in _NAMES for field in Stage._fields[:4]]
-    like = [x] + [getattr(stage, field) for stage in (expand, depthwise, project) for field in Stage._fields[:4]]
+    names = ["x"] + [f"{stage}_{field}" for stage in _NAMES for field in ConvNorm._fields[:4]]
+    like = [x] + [getattr(stage, field) for stage in (expand, depthwise, project) for field in ConvNorm._fields[:4]]
     return tuple(
         (result[name] if name == "x" else result[name].to(t.dtype, copy=True).reshape(t.shape).contiguous())
         if asked
@@ -305,17 +304,26 @@ def _block_train_backward(dy, z, *arguments):
 
 def _expand_backward(
     block: _Block, x_center: Tensor, x_mean: Tensor, x_products: Tensor, dx: Tensor, dy: Tensor, gradient: Tensor,
-    total: Tensor, want_x: bool, result: dict[str, Tensor],
+    sums: Tensor, want_x: bool, result: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Through e's BatchNorm, from G (`gradient`, over x less its center, as the kernel had it) and g (`total`)."""
+    """Through e's BatchNorm, from G (`gradient`, over x less its center, as the kernel had it) and sums of ge, ge h."""
     norm, weight, group = block.expand_norm, block.expand.weight.double().flatten(1), block.group
+    total, with_h = sums
     mean = x_mean if norm.batch else x_center
     about_mean = gradient - total.view(-1, 1) * (mean - x_center)  # the sum of ge (x - mean)
+    # That of ge (e - mean of e), in two ways. Where ge is not 0, h is the affine map of e, so the sum of ge h gives it,
+    # unless the map is flat. So does G, whose large terms cancel where channels are correlated: worse than those of h,
+    # if it is not their mean that is large.
     product = (about_mean * weight).sum(1)
-    if not norm.batch:
+    through_h = norm.scale.abs() > 1e-3 * norm.rstd
+    if norm.batch:
+        deviations = (x_products.diagonal() / block.pixels).sqrt()
+        through_h &= weight.abs() @ deviations > weight.abs() @ (mean - x_center).abs()
+    else:
         product += total * (weight @ x_center - norm.mean)
         result["expand_weight"] = norm.scale.view(-1, 1) * (about_mean + total.view(-1, 1) * mean)
         result["expand_bias"] = norm.scale * total
+    product = torch.where(through_h, (with_h - total * (norm.shift + norm.scale * norm.mean)) / norm.scale, product)
     result["expand_scale"], result["expand_shift"] = norm.rstd * product, total
     if not norm.batch:
         return
@@ -324,7 +332,7 @@ def _expand_backward(
     result["expand_bias"] = torch.zeros_like(total)
     result["expand_weight"] = norm.scale.view(-1, 1) * about_mean - q.view(-1, 1) * (weight @ x_products)
     if group:  # of one process alone, the deviations of x and those of the gradient do not add up to 0
-        count = block.x.numel() // block.x.shape[1]
+        count = block.pixels
         deviation = count * (_OPS.channel_moments(block.x)[0] - mean)
         constant = norm.scale * joint_total / norm.count
         result["expand_weight"] += torch.outer(norm.scale * total - constant * count - q * (weight @ deviation), mean)
@@ -339,7 +347,7 @@ def _expand_backward(
 @_block_train_backward.register_fake
 def _(dy, z, *arguments):
     wanted, x, *rest = arguments[len(_STATISTICS) :]
-    like = [x] + [getattr(stage, field) for stage in _split(tuple(rest)) for field in Stage._fields[:4]]
+    like = [x] + [getattr(stage, field) for stage in _split(tuple(rest)) for field in ConvNorm._fields[:4]]
     outputs = []
     for asked, t in zip(wanted, like, strict=True):
         if not asked:
@@ -367,16 +375,16 @@ def _backward(ctx, dy, *_):
     needs = ctx.needs_input_grad
     positions = [0] + [1 + i * _FIELDS + field for i in range(3) for field in range(4)]
     wanted = [needs[i] for i in positions]
-    none = [None] * (1 + _INPUTS + len(ctx.options))
+    gradients = [None] * (1 + _INPUTS + len(ctx.options))
     if dy is None or not any(wanted):
-        return tuple(none)
+        return tuple(gradients)
     z, *statistics = saved[3 * tensors :]
     found = _OPS.block_train_backward(
         dy, z, *statistics, wanted, x, *(v for stage in values for v in stage), *ctx.options
     )
     for position, asked, gradient in zip(positions, wanted, found, strict=True):
-        none[position] = gradient if asked else None
-    return tuple(none)
+        gradients[position] = gradient if asked else None
+    return tuple(gradients)
 
 
 _block_train.register_autograd(_backward, setup_context=_setup_context)
@@ -396,7 +404,7 @@ _CONV_OPTIONS = "int[] stride, int[] padding, str group"
 )
 def _conv_bn_relu6(x, *arguments):
     """relu6 of the norm of a convolution; e, the convolution itself; the count, mean and variance of e."""
-    stage, (stride, padding, group) = Stage(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    stage, (stride, padding, group) = ConvNorm(*arguments[:_FIELDS]), arguments[_FIELDS:]
     e = _dense(torch.conv2d(_dense(x), stage.weight, stage.bias, stride, padding))
     local = e.numel() // e.shape[1]
     count = _sum_over(group, x.new_full((1,), local, dtype=torch.float64))
@@ -409,7 +417,7 @@ def _conv_bn_relu6(x, *arguments):
 
 @_conv_bn_relu6.register_fake
 def _(x, *arguments):
-    stage, (stride, padding, _) = Stage(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    stage, (stride, padding, _) = ConvNorm(*arguments[:_FIELDS]), arguments[_FIELDS:]
     shape = torch.conv2d(x, stage.weight, None, stride, padding).shape
     statistic = x.new_empty(shape[1] if stage.mean is None else 0, dtype=torch.float64)
     return (
@@ -426,7 +434,7 @@ def _(x, *arguments):
 )
 def _conv_bn_relu6_backward(dy, e, count, e_mean, e_var, wanted, x, *arguments):
     """The gradients of x, weight, bias, scale and shift that are wanted; the others are empty."""
-    stage, (stride, padding, group) = Stage(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    stage, (stride, padding, group) = ConvNorm(*arguments[:_FIELDS]), arguments[_FIELDS:]
     norm = _Norm(stage._replace(bias=None), e_mean, e_var, count)
     g = torch.ops.aten.hardtanh_backward(_dense(dy), norm.of(e), 0.0, 6.0)
     sums = norm.sums(_OPS.channel_products(g, e, norm.mean.to(x.dtype)), x.dtype)
@@ -483,13 +491,18 @@ _NOT_ASKED = "neither gradients nor statistics of the batch are asked for"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _stage(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Stage:
-    frozen = not bn.training and bn.running_mean is not None
-    statistics = (bn.running_mean, bn.running_var) if frozen else (None, None)
-    return Stage(conv.weight, conv.bias, bn.weight, bn.bias, *statistics, bn.eps)
+def _takes_batch(bn: nn.BatchNorm2d) -> bool:
+    """Whether it takes the statistics of the batch."""
+    return bn.training or bn.running_mean is None
 
 
-_NO_STAGE = Stage(None, None, None, None, None, None, 0.0)
+def _stage(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvNorm:
+    # Copies of running statistics: a forward in training may move them before the backward of this one.
+    statistics = (None, None) if _takes_batch(bn) else (bn.running_mean.clone(), bn.running_var.clone())
+    return ConvNorm(conv.weight, conv.bias, bn.weight, bn.bias, *statistics, bn.eps)
+
+
+_NO_STAGE = ConvNorm(None, None, None, None, None, None, 0.0)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -508,7 +521,6 @@ def _check(root: nn.Module, x: Tensor) -> None:
                 same = tensor.dtype == x.dtype and tensor.device == x.device
                 expect(same, f"a tensor inside is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
     expect(x.dtype in _DTYPES and x.device.type == "cpu", f"no kernel for {x.dtype} on {x.device}")
-    expect(x.shape[0] > 0, "there is no image")
 
 
 def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -520,10 +532,10 @@ def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> Non
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
             if factor is None:
-                factor = 1.0 / float(bn.num_batches_tracked)
+                factor = bn.num_batches_tracked.double().reciprocal()  # a tensor: no graph break under torch.compile
         factor = 0.0 if factor is None else factor
-        bn.running_mean.mul_(1 - factor).add_(mean, alpha=factor)
-        bn.running_var.mul_(1 - factor).add_(var * (count / (count - 1)), alpha=factor)
+        bn.running_mean.mul_(1 - factor).add_(mean * factor)
+        bn.running_var.mul_(1 - factor).add_(var * (count / (count - 1)) * factor)
 
 
 def _group(norms: list[nn.Module]) -> str:
@@ -534,15 +546,14 @@ def _group(norms: list[nn.Module]) -> str:
         if bn.training and type(bn) is nn.SyncBatchNorm and torch.distributed.is_initialized():
             chosen = bn.process_group or torch.distributed.group.WORLD
             group = chosen.group_name if torch.distributed.get_world_size(chosen) > 1 else ""
-        if bn.training or bn.running_mean is None:
+        if _takes_batch(bn):
             groups.add(group)
     expect(len(groups) <= 1, "BatchNorms that take their statistics over different processes")
     return groups.pop() if groups else ""
 
 
 def _expect_ops(x: Tensor) -> None:
-    """Unfusable where no op of ours can take x; the compiler calls them like any other."""
-    reason = ("" if x.dim() == 4 else "the input is not [N, C, H, W]") if is_compiling() else network.why_no_op(x)
+    reason = network.why_no_op(x)
     expect(not reason, reason)
 
 
@@ -554,28 +565,29 @@ def _refusal(describe: Callable[..., object], *arguments: object) -> str:
     return ""
 
 
-def why_not(conv: nn.Module, x: Tensor, residual: bool) -> str:
+def why_not(layers: nn.Module, x: Tensor, residual: bool) -> str:
     """Why `run_block` would refuse this call; "" when it would not."""
-    return _refusal(_describe, conv, x, residual)
+    return _refusal(_describe, layers, x, residual)
 
 
-def _describe(conv: nn.Module, x: Tensor, residual: bool) -> network.Stage:
+def _describe(layers: nn.Module, x: Tensor, residual: bool) -> network.Stage:
     _expect_ops(x)
-    stage = network.block(conv, residual)
-    _check(conv, x)
+    stage = network.block(layers, residual)
+    _check(layers, x)
     channels = stage.layer.in_channels
     expect(x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
-    _group([bn for _, bn in stage.weights])
-    batch = any(_stage(*pair).mean is None for pair in stage.weights)
+    group = _group([bn for _, bn in stage.weights])
+    expect(x.shape[0] > 0 or bool(group), "there is no image")
+    batch = any(_takes_batch(bn) for _, bn in stage.weights)
     expect(batch or torch.is_grad_enabled(), _NOT_ASKED)
     return stage
 
 
-def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
+def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     """An inverted residual in training or with gradients, running statistics updated; None where it cannot run fused.
 
     Args:
-        conv: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, 1x1 convolution, BatchNorm, as torchvision nests them.
+        layers: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, 1x1 convolution, BatchNorm, as torchvision nests them.
         x: [N, C_in, H, W], float32 or float64; the gradients are those of the modules.
         residual: adds x.
 
@@ -583,7 +595,7 @@ def run_block(conv: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
         ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
     """
     try:
-        layer, weights = _describe(conv, x, residual)
+        layer, weights = _describe(layers, x, residual)
     except network.Unfusable:
         return None
     norms = [None] * (3 - len(weights)) + [bn for _, bn in weights]
@@ -611,16 +623,16 @@ def why_not_conv_bn_relu6(module: nn.Module, x: Tensor) -> str:
     return _refusal(_describe_conv, module, x)
 
 
-def _describe_conv(module: nn.Module, x: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d, Stage, str]:
+def _describe_conv(module: nn.Module, x: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     _expect_ops(x)
     conv, bn = network.conv_bn_relu6(module)
     _check(module, x)
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     expect(plain and not isinstance(conv.padding, str), f"a convolution of another kind: {conv}")
     expect(x.shape[1] == conv.in_channels, f"the input is {list(x.shape)}, not [N, {conv.in_channels}, H, W]")
-    stage, group = _stage(conv, bn), _group([bn])
-    expect(stage.mean is None or torch.is_grad_enabled(), _NOT_ASKED)
-    return conv, bn, stage, group
+    expect(x.shape[0] > 0 or bool(_group([bn])), "there is no image")
+    expect(_takes_batch(bn) or torch.is_grad_enabled(), _NOT_ASKED)
+    return conv, bn
 
 
 def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -632,9 +644,10 @@ def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
         ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
     """
     try:
-        conv, bn, stage, group = _describe_conv(module, x)
+        conv, bn = _describe_conv(module, x)
     except network.Unfusable:
         return None
+    stage, group = _stage(conv, bn), _group([bn])
     if stage.mean is None and not group:
         height, width = (
             (n + 2 * p - k) // s + 1

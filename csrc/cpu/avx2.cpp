@@ -19,6 +19,7 @@ struct Float32 {
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 4;
   static constexpr bool kPairs = false;
   static constexpr int kStreams = 4;
+  static constexpr int kDoubles = 4, kDoublesM = 4, kDoublesN = 3;  // as the tile, in doubles
   static_assert(kTileM * kTileN + kTileN + 1 <= 16 && kDepthwiseRows * kDepthwiseColumns + 11 <= 16);
 
   // The first n lanes: eight from the middle of eight ones and eight zeros.
@@ -36,9 +37,9 @@ struct Float32 {
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
-  // v where low < u < high, else 0.
+  // v, but 0 where u <= low or u >= high: as hardtanh's gradient, which passes where u is NaN.
   static V between(V u, V low, V high, V v) {
-    return _mm256_and_ps(_mm256_and_ps(_mm256_cmp_ps(u, low, _CMP_GT_OQ), _mm256_cmp_ps(u, high, _CMP_LT_OQ)), v);
+    return _mm256_and_ps(_mm256_and_ps(_mm256_cmp_ps(u, low, _CMP_NLE_UQ), _mm256_cmp_ps(u, high, _CMP_NGE_UQ)), v);
   }
   // Both return their second operand when either is NaN: a NaN stays one as long as it comes second.
   static V max(V a, V b) { return _mm256_max_ps(a, b); }

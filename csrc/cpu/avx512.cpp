@@ -26,6 +26,7 @@ struct Float32 {
   // 21 accumulators, 3 weight vectors and the broadcast pair of inputs.
   static constexpr bool kPairs = true;
   static constexpr int kPairsM = 7, kRegisters = 32;
+  static constexpr int kDoubles = 8, kDoublesM = 8, kDoublesN = 2;  // 16 accumulators, 2 vectors, the broadcast
   static_assert(kTileM * kTileN + kTileN + 1 <= 32 && kDepthwiseRows * kDepthwiseColumns + 11 <= 32);
 
   static V load(const T* p) { return _mm512_loadu_ps(p); }
@@ -46,10 +47,10 @@ struct Float32 {
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-  // v where low < u < high, else 0.
+  // v, but 0 where u <= low or u >= high: as hardtanh's gradient, which passes where u is NaN.
   static V between(V u, V low, V high, V v) {
-    const __mmask16 above = _mm512_cmp_ps_mask(u, low, _CMP_GT_OQ);
-    return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, u, high, _CMP_LT_OQ), v);
+    const __mmask16 above = _mm512_cmp_ps_mask(u, low, _CMP_NLE_UQ);
+    return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, u, high, _CMP_NGE_UQ), v);
   }
   // Both return their second operand when either is NaN: a NaN stays one as long as it comes second.
   static V max(V a, V b) { return _mm512_max_ps(a, b); }

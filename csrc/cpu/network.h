@@ -87,7 +87,7 @@ struct BlockPass {
   const void *depthwise_weight, *project_weight;
   const void* coefficients;  // [6][hidden_channels], see TrainingPass; null without dz
   double *mean, *square;     // [hidden_channels], of d: mean and sum of squared deviations
-  double* sums;              // [3][hidden_channels], see TrainingPass
+  double* sums;              // [4][hidden_channels], see TrainingPass
   double *expand_gradient, *depthwise_gradient, *project_gradient;  // [in], [9], [out] rows of [hidden_channels]
   void* dx;                                                         // NHWC
 };

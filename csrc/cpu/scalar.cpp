@@ -18,6 +18,7 @@ struct Plain {
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 2;
   static constexpr bool kPairs = false;
   static constexpr int kStreams = 2;
+  static constexpr int kDoubles = 2, kDoublesM = 4, kDoublesN = 2;
 
   template <class F>
   static MNV2_INLINE V each(F f) {
@@ -51,9 +52,9 @@ struct Plain {
   static V mul(V a, V b) {
     return each([=](int i) { return a.lane[i] * b.lane[i]; });
   }
-  // v where low < u < high, else 0.
+  // v, but 0 where u <= low or u >= high: as hardtanh's gradient, which passes where u is NaN.
   static V between(V u, V low, V high, V v) {
-    return each([=](int i) { return low.lane[i] < u.lane[i] && u.lane[i] < high.lane[i] ? v.lane[i] : T(0); });
+    return each([=](int i) { return u.lane[i] <= low.lane[i] || u.lane[i] >= high.lane[i] ? T(0) : v.lane[i]; });
   }
   // As the vector instructions: the second operand when either is NaN.
   static V max(V a, V b) {

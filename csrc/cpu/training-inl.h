@@ -36,8 +36,9 @@ struct Training : Forward<Isa> {
     }
   };
 
-  // dz . Wp^T and what follows from it for each pixel; Below: dd is asked for.
-  template <bool Below>
+  // dz . Wp^T and what follows from it for each pixel. Below: dd is asked for; Batch: with the part through d's
+  // statistics.
+  template <bool Below, bool Batch>
   struct ProjectBack {
     template <int M, int N>
     static void tile(const Pixels& pixels, const T* w, const T* coefficients, const Backward& out) {
@@ -57,7 +58,8 @@ struct Training : Forward<Isa> {
           sum_d = Isa::fmadd(g, Isa::sub(d, coefficient(2)), sum_d);
           Isa::store(at, F::relu6(u));
           if constexpr (Below) {
-            const V dd = Isa::fmadd(coefficient(3), g, Isa::fmadd(coefficient(4), d, coefficient(5)));
+            const V dd = Batch ? Isa::fmadd(coefficient(3), g, Isa::fmadd(coefficient(4), d, coefficient(5)))
+                               : Isa::mul(coefficient(3), g);
             Isa::store(out.dd + out.offset[m] + n * kLanes, dd);
           }
         }
@@ -68,16 +70,18 @@ struct Training : Forward<Isa> {
   };
 
   // dd of `count` pixels from ring pixel `first` on, around the end of the ring.
-  static void project_back(const TrainingStep& t, const T* dz, const T* w, const T* coefficients, Backward out,
-                           int first, int count, int channels) {
+  static void project_back(const TrainingStep& t, const T* dz, const T* w, const T* coefficients, bool batch,
+                           Backward out, int first, int count, int channels) {
     const T* segment[1] = {dz};
     Pixels pixels = {segment, 1, t.step.out_channels, 0, t.step.out_channels};
-    if (!out.dd) return F::template panel<ProjectBack<false>>(pixels, w, coefficients, out, count, channels);
+    if (!out.dd) return F::template panel<ProjectBack<false, false>>(pixels, w, coefficients, out, count, channels);
+    const auto below = batch ? F::template panel<ProjectBack<true, true>, kTileM, kTileN, Backward>
+                             : F::template panel<ProjectBack<true, false>, kTileM, kTileN, Backward>;
     const int ring_pixels = t.d_ring_rows * t.step.out_width;
     while (count > 0) {
       const int now = min(count, ceil_div(ring_pixels - first, kTileM) * kTileM);
       out.offset = t.d_pixel_offsets + first;
-      F::template panel<ProjectBack<true>>(pixels, w, coefficients, out, now, channels);
+      below(pixels, w, coefficients, out, now, channels);
       out.d += int64_t(now) * kPanel;
       pixels.offset += int64_t(now) * pixels.pixel_stride;
       first = (first + now) % ring_pixels;
@@ -120,13 +124,13 @@ struct Training : Forward<Isa> {
     }
   }
 
-  // [9][kPanel] += over a row of outputs, dd times what each tap read.
-  static void filter_gradient(const Step& s, const T* const* rows, const T* dd, T* to) {
+  // [9][kPanel] += over columns [x0, x1) of a row of outputs, dd (from x0 on) times what each tap read.
+  static void filter_gradient(const Step& s, const T* const* rows, const T* dd, int x0, int x1, T* to) {
     V acc[9];
     MNV2_UNROLL for (int i = 0; i < 9; ++i) acc[i] = Isa::load(to + i * kPanel);
     const int64_t step = int64_t(s.stride) * kPanel, reach = int64_t(s.dilation) * kPanel;
-    const T* row[3] = {rows[0], rows[s.dilation], rows[2 * s.dilation]};
-    for (int x = 0; x < s.out_width; ++x) {
+    const T* row[3] = {rows[0] + x0 * step, rows[s.dilation] + x0 * step, rows[2 * s.dilation] + x0 * step};
+    for (int x = x0; x < x1; ++x) {
       const V g = Isa::load(dd);
       MNV2_UNROLL for (int i = 0; i < 9; ++i) { acc[i] = Isa::fmadd(Isa::load(row[i / 3] + i % 3 * reach), g, acc[i]); }
       dd += kPanel;
@@ -138,11 +142,11 @@ struct Training : Forward<Isa> {
   // ------------------------------------------------------------------------------------------------ filtered back
 
   // ge of `count` pixels of a row that the same taps reach, `step` elements apart: the sum over the taps of weight and
-  // dd, where h lies between 0 and 6 (everywhere when it is null). Returns their sum.
+  // dd, where h lies between 0 and 6 (everywhere when it is null). Adds to the sums [2][kPanel] of ge, of ge h.
   template <int Taps>
-  static V gather(const T* const* dd, const V* w, const T* h, T* ge, int count, int64_t step) {
+  static void gather(const T* const* dd, const V* w, const T* h, T* ge, int count, int64_t step, T* sums) {
     constexpr int kColumns = 4;
-    V sum = Isa::broadcast(T(0));
+    V sum = Isa::load(sums), sum_h = Isa::load(sums + kPanel);
     const auto columns = [&](auto width, int j) __attribute__((always_inline)) {
       V acc[width.value];
       MNV2_UNROLL for (int c = 0; c < width.value; ++c) acc[c] = Isa::broadcast(T(0));
@@ -153,7 +157,12 @@ struct Training : Forward<Isa> {
       }
       MNV2_UNROLL for (int c = 0; c < width.value; ++c) {
         const int64_t at = (j + c) * step;
-        const V g = h ? Isa::between(Isa::load(h + at), Isa::broadcast(T(0)), Isa::broadcast(T(6)), acc[c]) : acc[c];
+        V g = acc[c];
+        if (h) {
+          const V value = Isa::load(h + at);
+          g = Isa::between(value, Isa::broadcast(T(0)), Isa::broadcast(T(6)), g);
+          sum_h = Isa::fmadd(g, value, sum_h);
+        }
         sum = Isa::add(sum, g);
         Isa::store(ge + at, g);
       }
@@ -161,21 +170,21 @@ struct Training : Forward<Isa> {
     int j = 0;
     for (; j + kColumns <= count; j += kColumns) columns(typename F::template Count<kColumns>(), j);
     for (; j < count; ++j) columns(typename F::template Count<1>(), j);
-    return sum;
+    Isa::store(sums, sum);
+    Isa::store(sums + kPanel, sum_h);
   }
 
-  using Gather = V (*)(const T* const*, const V*, const T*, T*, int, int64_t);
+  using Gather = void (*)(const T* const*, const V*, const T*, T*, int, int64_t, T*);
   static constexpr Gather kGather[10] = {gather<0>, gather<1>, gather<2>, gather<3>, gather<4>,
                                          gather<5>, gather<6>, gather<7>, gather<8>, gather<9>};
 
-  // One row of ge, [width][kPanel], for one vector of channels. h is null where there is no expansion; what it holds
-  // does not matter where no output reads the row.
+  // Columns [x0, x1) of a row of ge, [x1 - x0][kPanel], for one vector of channels. h, from x0 on, is null where there
+  // is no expansion; what it holds does not matter where no output reads the row.
   static void filter_back_row(const TrainingStep& t, const T* weight, const T* dd_ring, const T* h, T* ge, int row,
-                              T* sum) {
+                              int x0, int x1, T* sums) {
     const Step& s = t.step;
     const int64_t dd_row = int64_t(t.d_row_length) * kPanel;
-    V total = Isa::load(sum);
-    for (int first = 0; first < s.stride && first < s.width; ++first) {  // columns that the same taps reach
+    for (int first = x0; first < x0 + s.stride && first < x1; ++first) {  // columns that the same taps reach
       const T* dd[9];
       V w[9];
       int taps = 0;
@@ -189,11 +198,10 @@ struct Training : Forward<Isa> {
           w[taps++] = Isa::load(weight + (ky * 3 + kx) * kLanes);
         }
       }
-      const int64_t at = int64_t(first) * kPanel;
-      total = Isa::add(total, kGather[taps](dd, w, h ? h + at : nullptr, ge + at, ceil_div(s.width - first, s.stride),
-                                            int64_t(s.stride) * kPanel));
+      const int64_t at = int64_t(first - x0) * kPanel;
+      kGather[taps](dd, w, h ? h + at : nullptr, ge + at, ceil_div(x1 - first, s.stride), int64_t(s.stride) * kPanel,
+                    sums);
     }
-    Isa::store(sum, total);
   }
 
   // ----------------------------------------------------------------------------------------------------- moments
@@ -232,57 +240,85 @@ struct Training : Forward<Isa> {
     *to_square += square + delta * delta * (before * count / total);
   }
 
-  // Scratch: mean and products of a chunk, its pixels in panels: [panels][kMomentPixels][kPanel].
-  static void moments(const void* x_, int64_t pixels, int channels, double count, double* mean, double* products,
-                      void* scratch_) {
+  // Doubles that fill a vector register: products of floats are exact in them.
+  typedef double Doubles __attribute__((vector_size(8 * Isa::kDoubles), aligned(8), may_alias));
+
+  // to[m][n] += sum over `count` rows k of a[k][m] b[k][n], both panels.
+  static void products(const double* a, const double* b, int count, double* to, int64_t stride) {
+    constexpr int kM = Isa::kDoublesM, kN = Isa::kDoublesN;
+    static_assert(kPanel % kM == 0 && kPanel % (kN * Isa::kDoubles) == 0);
+    for (int m0 = 0; m0 < kPanel; m0 += kM) {
+      for (int n0 = 0; n0 < kPanel; n0 += kN * Isa::kDoubles) {
+        Doubles acc[kM][kN];
+        const auto at = [&](int m, int n) __attribute__((always_inline)) {
+          return reinterpret_cast<Doubles*>(to + (m0 + m) * stride + n0 + n * Isa::kDoubles);
+        };
+        MNV2_UNROLL for (int m = 0; m < kM; ++m) { MNV2_UNROLL for (int n = 0; n < kN; ++n) acc[m][n] = *at(m, n); }
+        for (int k = 0; k < count; ++k) {
+          Doubles w[kN];
+          MNV2_UNROLL for (int n = 0; n < kN; ++n) {
+            w[n] = *reinterpret_cast<const Doubles*>(b + k * kPanel + n0 + n * Isa::kDoubles);
+          }
+          MNV2_UNROLL for (int m = 0; m < kM; ++m) {
+            MNV2_UNROLL for (int n = 0; n < kN; ++n) acc[m][n] += a[k * kPanel + m0 + m] * w[n];
+          }
+        }
+        MNV2_UNROLL for (int m = 0; m < kM; ++m) { MNV2_UNROLL for (int n = 0; n < kN; ++n) * at(m, n) = acc[m][n]; }
+      }
+    }
+  }
+
+  // Deviations from the mean of a chunk of pixels, multiplied and added up in double: where channels are correlated,
+  // most of these sums cancel in the variances that are made of them. Scratch: a chunk's mean, what its rounding left,
+  // and the deviations in panels, [panels][kMomentPixels][kPanel].
+  static void moments(const void* x_, int64_t pixels, int channels, double count, double* mean, double* sums,
+                      double* scratch) {
     const int panels = ceil_div(channels, kPanel), size = panels * kPanel;
-    T* center = static_cast<T*>(scratch_);
-    T* rest = center + size;
-    T* product = rest + size;
-    T* centered = product + kPanel * kPanel;
+    constexpr int64_t kChunk = int64_t(kMomentPixels) * kPanel;
+    double *center = scratch, *rest = center + size, *deviations = rest + size;
     for (int64_t p0 = 0; p0 < pixels; p0 += kMomentPixels) {
       const int now = pixels - p0 < kMomentPixels ? int(pixels - p0) : kMomentPixels;
       const T* x = static_cast<const T*>(x_) + p0 * channels;
       for (int v = 0; v < size; v += kLanes) {
-        T* panel = centered + int64_t(v / kPanel) * kMomentPixels * kPanel + v % kPanel;
+        double* panel = deviations + v / kPanel * kChunk + v % kPanel;
         const int left = channels - v;
         const auto load = [&](int i) {
           const T* from = x + int64_t(i) * channels + v;
           return left >= kLanes ? Isa::load(from) : left > 0 ? Isa::load_n(from, left) : Isa::broadcast(T(0));
         };
-        V sum = Isa::broadcast(T(0)), left_over = Isa::broadcast(T(0));
+        V sum = Isa::broadcast(T(0));
         for (int i = 0; i < now; ++i) sum = Isa::add(sum, load(i));
         const V c = Isa::mul(sum, Isa::broadcast(T(1) / T(now)));
+        T lanes[kLanes];
+        double left_over[kLanes] = {};
         for (int i = 0; i < now; ++i) {
-          const V e = Isa::sub(load(i), c);
-          left_over = Isa::add(left_over, e);
-          Isa::store(panel + int64_t(i) * kPanel, e);
+          Isa::store(lanes, Isa::sub(load(i), c));
+          for (int j = 0; j < kLanes; ++j) {
+            panel[int64_t(i) * kPanel + j] = double(lanes[j]);
+            left_over[j] += double(lanes[j]);
+          }
         }
-        Isa::store(center + v, c);
-        Isa::store(rest + v, left_over);
+        Isa::store(lanes, c);
+        for (int j = 0; j < kLanes; ++j) center[v + j] = double(lanes[j]);
+        for (int j = 0; j < kLanes; ++j) rest[v + j] = left_over[j] / now;
       }
       const double total = count + now, weight = count * now / total;
       for (int i = 0; i < panels; ++i) {
         for (int j = i; j < panels; ++j) {
-          for (int k = 0; k < kPanel * kPanel; ++k) product[k] = 0;
-          const int64_t panel = int64_t(kMomentPixels) * kPanel;
-          outer(centered + i * panel, kPanel, kPanel, centered + j * panel, kPanel, now, product);
+          double* to = sums + int64_t(i) * kPanel * size + j * kPanel;
           for (int m = 0; m < kPanel; ++m) {
             const int row = i * kPanel + m;
-            const double rest_m = double(rest[row]) / now, delta_m = double(center[row]) + rest_m - mean[row];
-            double* to = products + int64_t(row) * size + j * kPanel;
+            const double delta = center[row] + rest[row] - mean[row];
             for (int n = 0; n < kPanel; ++n) {
               const int column = j * kPanel + n;
-              const double rest_n = double(rest[column]) / now;
-              const double delta_n = double(center[column]) + rest_n - mean[column];
-              to[n] += double(product[m * kPanel + n]) - rest_m * rest_n * now + delta_m * delta_n * weight;
+              to[int64_t(m) * size + n] +=
+                  delta * (center[column] + rest[column] - mean[column]) * weight - rest[row] * rest[column] * now;
             }
           }
+          products(deviations + i * kChunk, deviations + j * kChunk, now, to, size);
         }
       }
-      for (int i = 0; i < size; ++i) {
-        mean[i] += (double(center[i]) + double(rest[i]) / now - mean[i]) * (now / total);
-      }
+      for (int i = 0; i < size; ++i) mean[i] += (center[i] + rest[i] - mean[i]) * (now / total);
       count = total;
     }
   }
@@ -369,7 +405,36 @@ struct Training : Forward<Isa> {
 
   // ----------------------------------------------------------------------------------------------------- a pass
 
-  static void train(const TrainingStep& t, const TrainingPass& a, void* scratch_, const void* zeros_) {
+  // A panel's part of an Accumulator.
+  struct Sum {
+    T* to;  // null where the accumulator is
+    double* exact;
+    int64_t size, pending;
+
+    Sum(const Accumulator& a, int panel) : to(nullptr), exact(nullptr), size(a.rows * kPanel), pending(a.pending) {
+      if (!a.rounded) return;
+      to = static_cast<T*>(a.rounded) + panel * size;
+      exact = a.exact + panel * size;
+    }
+    // After so many pixels more have been added.
+    void added(int pixels) {
+      pending += pixels;
+      if (pending < kPixelsPerFlush) return;
+      for (int64_t i = 0; i < size; ++i) {
+        exact[i] += double(to[i]);
+        to[i] = 0;
+      }
+      pending = 0;
+    }
+  };
+
+  // body(first, count) for pieces of `count` pixels that one flush allows.
+  template <class Body>
+  static void for_pieces(int count, const Body& body) {
+    for (int first = 0; first < count; first += kPixelsPerFlush) body(first, min(kPixelsPerFlush, count - first));
+  }
+
+  static void train(const TrainingStep& t, TrainingPass& a, void* scratch_, const void* zeros_) {
     const Step& s = t.step;
     T* scratch = static_cast<T*>(scratch_);
     const T* zeros = static_cast<const T*>(zeros_);
@@ -378,8 +443,8 @@ struct Training : Forward<Isa> {
     const int64_t ring_row = int64_t(s.row_length) * kPanel, dd_row = int64_t(t.d_row_length) * kPanel;
     const T *x = static_cast<const T*>(a.x), *dz = static_cast<const T*>(a.dz);
     const bool expands = s.source == Step::kExpand;
-    const bool below = a.dx || a.expand_gradient || a.depthwise_gradient;  // what dd is needed for
-    const bool back = a.dx || a.expand_gradient;                           // what ge is needed for
+    const bool back = a.dx || a.expand_gradient.rounded;                 // what ge is needed for
+    const bool below = back || a.depthwise_gradient.rounded != nullptr;  // what dd is needed for
     for (int64_t i = 0; i < s.ring_rows * ring_row; ++i) ring[i] = 0;
     for (int64_t i = 0; below && i < t.d_ring_rows * dd_row; ++i) dd[i] = 0;
 
@@ -387,6 +452,8 @@ struct Training : Forward<Isa> {
       const int channels = min(kPanel, s.hidden_channels - c), panel = c / kPanel;
       const int width = ceil_div(channels, kLanes) * kLanes;
       const T* coefficients = static_cast<const T*>(a.coefficients) + int64_t(panel) * 6 * kPanel;
+      const T* filters = static_cast<const T*>(a.depthwise) + int64_t(c) * 9;
+      Sum expand(a.expand_gradient, panel), taps(a.depthwise_gradient, panel), project(a.project_gradient, panel);
       double count = a.count;
       int filled = 0, emitted = 0;
       for (int o0 = 0; o0 < s.out_height; o0 += s.stripe) {
@@ -407,72 +474,98 @@ struct Training : Forward<Isa> {
             const int row = top + i;
             rows[i] = row < 0 || row >= s.height ? zeros : ring + row % s.ring_rows * ring_row + v;
           }
-          F::template depthwise<typename F::Raw>({static_cast<const T*>(a.depthwise) + int64_t(c + v) * 9, zeros, d + v,
-                                                  int64_t(s.out_width) * kPanel, kPanel, s.dilation},
-                                                 s.stride, rows, o1 - o0, s.out_width);
+          F::template depthwise<typename F::Raw>(
+              {filters + v * 9, zeros, d + v, int64_t(s.out_width) * kPanel, kPanel, s.dilation}, s.stride, rows,
+              o1 - o0, s.out_width);
         }
         if (a.mean) {
-          merge_moments(d, pixels, channels, kPanel, count, a.mean + c, a.square + c);
-          count += pixels;
+          for_pieces(pixels, [&](int first, int now) {
+            merge_moments(d + int64_t(first) * kPanel, now, channels, kPanel, count, a.mean + c, a.square + c);
+            count += now;
+          });
         }
         if (!dz) continue;
 
-        T sums[3 * kPanel] = {};
-        const T* dz_rows = dz + int64_t(o0) * s.out_width * s.out_channels;
-        project_back(t, dz_rows, static_cast<const T*>(a.project_back) + int64_t(c) * s.out_channels, coefficients,
-                     {d, below ? dd : nullptr, nullptr, sums}, o0 % t.d_ring_rows * s.out_width, pixels, channels);
-        if (a.project_gradient) {
-          outer(dz_rows, s.out_channels, s.out_channels, d, channels, pixels,
-                static_cast<T*>(a.project_gradient) + int64_t(panel) * s.out_channels * kPanel);
-        }
-        if (a.depthwise_gradient) {
-          T* to = static_cast<T*>(a.depthwise_gradient) + int64_t(panel) * 9 * kPanel;
-          for (int o = o0; o < o1; ++o) {
+        T sums[4 * kPanel] = {};
+        const auto flush_sums = [&] {
+          for (int i = 0; i < 4 * kPanel; ++i) {
+            a.sums[int64_t(panel) * 4 * kPanel + i] += double(sums[i]);
+            sums[i] = 0;
+          }
+        };
+        for_pieces(pixels, [&](int first, int now) {
+          const T* dz_rows = dz + (int64_t(o0) * s.out_width + first) * s.out_channels;
+          T* d_rows = d + int64_t(first) * kPanel;
+          project_back(t, dz_rows, static_cast<const T*>(a.project_back) + int64_t(c) * s.out_channels, coefficients,
+                       a.batch, {d_rows, below ? dd : nullptr, nullptr, sums},
+                       (o0 * s.out_width + first) % (t.d_ring_rows * s.out_width), now, channels);
+          flush_sums();
+          if (!project.to) return;
+          outer(dz_rows, s.out_channels, s.out_channels, d_rows, channels, now, project.to);
+          project.added(now);
+        });
+        for (int o = o0; taps.to && o < o1; ++o) {
+          for_pieces(s.out_width, [&](int first, int now) {
             for (int v = 0; v < width; v += kLanes) {
               for (int i = 0; i < 3; ++i) {
                 const int row = o * s.stride - s.pad_top + i * s.dilation;
                 rows[i * s.dilation] = row < 0 || row >= s.height ? zeros : ring + row % s.ring_rows * ring_row + v;
               }
-              filter_gradient(s, rows, dd + o % t.d_ring_rows * dd_row + t.d_pad_left * kPanel + v, to + v);
+              filter_gradient(s, rows, dd + o % t.d_ring_rows * dd_row + int64_t(t.d_pad_left + first) * kPanel + v,
+                              first, first + now, taps.to + v);
             }
-          }
+            taps.added(now);
+          });
         }
         const int complete = o1 == s.out_height ? s.height : max(0, min(s.height, o1 * s.stride - s.pad_top));
         for (; back && emitted < complete; emitted = min(emitted + t.chunk_rows, complete)) {
-          const int end = min(emitted + t.chunk_rows, complete), count = (end - emitted) * s.width;
+          const int end = min(emitted + t.chunk_rows, complete);
           for (int row = emitted; row < end; ++row) {
-            for (int v = 0; v < width; v += kLanes) {
-              const T* h = ring + row % s.ring_rows * ring_row + s.pad_left * kPanel + v;
-              filter_back_row(t, static_cast<const T*>(a.depthwise) + int64_t(c + v) * 9, dd + v, expands ? h : nullptr,
-                              ge + int64_t(row - emitted) * s.width * kPanel + v, row, sums + 2 * kPanel + v);
-            }
+            for_pieces(s.width, [&](int first, int now) {
+              const T* h = ring + row % s.ring_rows * ring_row + int64_t(s.pad_left + first) * kPanel;
+              T* to = ge + (int64_t(row - emitted) * s.width + first) * kPanel;
+              for (int v = 0; v < width; v += kLanes) {
+                filter_back_row(t, filters + v * 9, dd + v, expands ? h + v : nullptr, to + v, row, first, first + now,
+                                sums + 2 * kPanel + v);
+              }
+              if (now == kPixelsPerFlush) flush_sums();
+            });
           }
-          const int64_t at = int64_t(emitted) * s.width * s.in_channels;
-          if (a.expand_gradient) {
-            outer(x + at, s.in_channels, s.in_channels, ge, channels, count,
-                  static_cast<T*>(a.expand_gradient) + int64_t(panel) * s.in_channels * kPanel);
-          }
-          if (a.dx && expands) {
-            const T* segment[1] = {ge};
-            for (int n = 0; n < s.in_channels; n += kPanel) {
-              const int now = min(kPanel, s.in_channels - n);
-              const T* w = static_cast<const T*>(a.expand_back) + int64_t(n) * s.hidden_channels;
-              F::template panel<typename F::Output>(
-                  {segment, 1, channels, 0, kPanel}, w + int64_t(c) * ceil_div(now, kLanes) * kLanes, zeros,
-                  {static_cast<T*>(a.dx) + at + n, nullptr, s.in_channels, nullptr, c > 0, false, 0}, count, now);
+          flush_sums();
+          for_pieces((end - emitted) * s.width, [&](int first, int now) {
+            const int64_t at = (int64_t(emitted) * s.width + first) * s.in_channels;
+            const T* ge_rows = ge + int64_t(first) * kPanel;
+            if (expand.to) {
+              outer(x + at, s.in_channels, s.in_channels, ge_rows, channels, now, expand.to);
+              expand.added(now);
             }
-          } else if (a.dx) {
-            for (int i = 0; i < count; ++i) {
-              T* to = static_cast<T*>(a.dx) + at + int64_t(i) * s.in_channels + c;
+            if (!a.dx) return;
+            T* dx = static_cast<T*>(a.dx) + at;
+            if (expands) {
+              const T* segment[1] = {ge_rows};
+              for (int n = 0; n < s.in_channels; n += kPanel) {
+                const int part = min(kPanel, s.in_channels - n);
+                const T* w = static_cast<const T*>(a.expand_back) + int64_t(n) * s.hidden_channels;
+                F::template panel<typename F::Output>(
+                    {segment, 1, channels, 0, kPanel}, w + int64_t(c) * ceil_div(part, kLanes) * kLanes, zeros,
+                    {dx + n, nullptr, s.in_channels, nullptr, c > 0, false, 0}, now, part);
+              }
+              return;
+            }
+            for (int i = 0; i < now; ++i) {
+              T* to = dx + int64_t(i) * s.in_channels + c;
               for (int v = 0; v < channels; v += kLanes) {
-                const V g = Isa::load(ge + int64_t(i) * kPanel + v);
+                const V g = Isa::load(ge_rows + int64_t(i) * kPanel + v);
                 channels - v < kLanes ? Isa::store_n(to + v, g, channels - v) : Isa::store(to + v, g);
               }
             }
-          }
+          });
         }
-        for (int i = 0; i < 3 * kPanel; ++i) a.sums[int64_t(panel) * 3 * kPanel + i] += double(sums[i]);
       }
+      if (c + kPanel < s.hidden_channels) continue;
+      a.expand_gradient.pending = expand.pending;  // alike for all panels
+      a.depthwise_gradient.pending = taps.pending;
+      a.project_gradient.pending = project.pending;
     }
   }
 

@@ -2,7 +2,7 @@
 //
 // Each thread has the same images at every run and sums of its own, which are added in the order of the threads:
 // results are the same from run to run at the same number of threads. A thread's sums take three times the weights of
-// the block (float, and double to which they are moved every few thousand pixels), whatever the batch.
+// the block (float, and double to which they are moved every thousand pixels), whatever the batch.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -15,8 +15,6 @@ namespace {
 
 // The buffers of a pass through one panel of an image; what does not fit takes single rows.
 constexpr int64_t kBufferBytes = 256 << 10;
-// So many products are added up in the row's own type before they are added to a double.
-constexpr int64_t kPixelsPerFlush = 8192;
 
 int64_t element_size(const Kernel& kernel) { return kernel.dtype == Dtype::kFloat32 ? 4 : 8; }
 
@@ -80,21 +78,20 @@ struct Schedule {
   Schedule(const Schedule&) = delete;
 };
 
-// Adds a panel-wise accumulator of the row's type to one of doubles, and begins it anew.
-template <class T>
-void flush(T* from, double* to, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    to[i] += double(from[i]);
-    from[i] = 0;
-  }
-}
-
-// An array that each worker has: its place in the worker's memory.
-struct Accumulator {
+// Where a worker's memory holds an Accumulator.
+struct Place {
   int64_t rows = 0;     // of each panel; 0: not asked for
   int64_t exact = 0;    // offset of the doubles
   int64_t rounded = 0;  // offset of the row's own type
 };
+
+// Merges mean and squared deviations of `now` values into those of `count`.
+void merge(double* count, double* mean, double* square, double now, double new_mean, double new_square) {
+  const double delta = new_mean - *mean, total = *count + now;
+  *mean += delta * (now / total);
+  *square += new_square + delta * delta * (*count * now / total);
+  *count = total;
+}
 
 template <class T>
 struct Runner {
@@ -103,7 +100,7 @@ struct Runner {
   const BlockPass& pass;
   const int64_t panel = kernel.tiles.panel, panels = ceil_div(t.step.hidden_channels, panel), hidden = panels * panel;
   const int workers;
-  Accumulator expand, depthwise, project;
+  Place expand, depthwise, project;
   int64_t moments_offset = 0, sums_offset = 0, scratch_offset = 0, worker_bytes = 0;
   int64_t expand_offset = 0, bias_offset = 0, expand_back_offset = 0, depthwise_offset = 0, project_back_offset = 0,
           coefficients_offset = 0, zeros_offset = 0, shared_bytes = 0;
@@ -117,19 +114,19 @@ struct Runner {
       *total += round_up(bytes, 64);
       return at;
     };
-    const auto accumulator = [&](const double* wanted, int64_t rows) {
-      Accumulator a;
+    const auto place = [&](const double* wanted, int64_t rows) {
+      Place a;
       if (!wanted) return a;
       a.rows = rows;
       a.exact = claim(&worker_bytes, hidden * rows * 8);
       a.rounded = claim(&worker_bytes, hidden * rows * int64_t(sizeof(T)));
       return a;
     };
-    expand = accumulator(pass.expand_gradient, s.in_channels);
-    depthwise = accumulator(pass.depthwise_gradient, 9);
-    project = accumulator(pass.project_gradient, s.out_channels);
+    expand = place(pass.expand_gradient, s.in_channels);
+    depthwise = place(pass.depthwise_gradient, 9);
+    project = place(pass.project_gradient, s.out_channels);
     moments_offset = claim(&worker_bytes, 2 * hidden * 8);
-    sums_offset = claim(&worker_bytes, 3 * hidden * 8);
+    sums_offset = claim(&worker_bytes, 4 * hidden * 8);
     scratch_offset = claim(&worker_bytes, t.scratch_size * int64_t(sizeof(T)));
 
     const auto weights = [&](int64_t n) { return claim(&shared_bytes, n * int64_t(sizeof(T))); };
@@ -188,26 +185,28 @@ struct Runner {
     a.mean = pass.mean ? own<double>(worker, moments_offset) : nullptr;
     a.square = pass.mean ? a.mean + hidden : nullptr;
     a.sums = own<double>(worker, sums_offset);
-    const auto rounded = [&](const Accumulator& to) { return to.rows ? own<T>(worker, to.rounded) : nullptr; };
-    a.expand_gradient = rounded(expand);
-    a.depthwise_gradient = rounded(depthwise);
-    a.project_gradient = rounded(project);
+    a.batch = through_statistics();
+    const auto accumulator = [&](const Place& at) {
+      if (!at.rows) return Accumulator{nullptr, nullptr, 0, 0};
+      return Accumulator{own<T>(worker, at.rounded), own<double>(worker, at.exact), at.rows, 0};
+    };
+    a.expand_gradient = accumulator(expand);
+    a.depthwise_gradient = accumulator(depthwise);
+    a.project_gradient = accumulator(project);
     const int64_t in = int64_t(s.height) * s.width * s.in_channels, pixels = int64_t(s.out_height) * s.out_width;
-    int64_t since_flush = 0;
-    const int64_t end = image_begin(worker + 1);
-    for (int64_t i = image_begin(worker); i < end; ++i) {
+    for (int64_t i = image_begin(worker); i < image_begin(worker + 1); ++i) {
       a.x = static_cast<const T*>(pass.x) + i * in;
       a.dz = pass.dz ? static_cast<const T*>(pass.dz) + i * pixels * s.out_channels : nullptr;
       a.dx = pass.dx ? static_cast<T*>(pass.dx) + i * in : nullptr;
       a.count = double(i - image_begin(worker)) * double(pixels);
       kernel.train(t, a, own<T>(worker, scratch_offset), shared<T>(zeros_offset));
-      since_flush += std::max(pixels, int64_t(s.height) * s.width);
-      if (since_flush < kPixelsPerFlush && i + 1 < end) continue;
-      for (const Accumulator& to : {expand, depthwise, project}) {
-        if (to.rows) flush(own<T>(worker, to.rounded), own<double>(worker, to.exact), hidden * to.rows);
-      }
-      since_flush = 0;
     }
+  }
+
+  // Whether dd depends on d: the coefficients q are 0 where d's BatchNorm is frozen.
+  bool through_statistics() const {
+    const T* q = static_cast<const T*>(pass.coefficients) + 4 * t.step.hidden_channels;
+    return pass.dz && std::any_of(q, q + t.step.hidden_channels, [](T v) { return v != 0; });
   }
 
   int64_t image_begin(int worker) const { return pass.batch * worker / workers; }
@@ -215,14 +214,16 @@ struct Runner {
   void collect() const {
     const Step& s = t.step;
     const int64_t channels = s.hidden_channels;
-    const auto gather = [&](const Accumulator& from, double* to) {
+    const auto gather = [&](const Place& from, double* to) {
       for (int64_t c = 0; from.rows && c < channels; c += panel) {
         const int64_t width = std::min(panel, channels - c);
         for (int64_t i = 0; i < from.rows; ++i) {
           double* row = to + i * channels + c;
           for (int w = 0; w < workers; ++w) {
-            const double* found = own<double>(w, from.exact) + (c / panel * from.rows + i) * panel;
-            for (int64_t j = 0; j < width; ++j) row[j] = w ? row[j] + found[j] : found[j];
+            const int64_t at = (c / panel * from.rows + i) * panel;
+            const double* found = own<double>(w, from.exact) + at;
+            const T* rest = own<T>(w, from.rounded) + at;
+            for (int64_t j = 0; j < width; ++j) row[j] = (w ? row[j] : 0) + (found[j] + double(rest[j]));
           }
         }
       }
@@ -231,23 +232,19 @@ struct Runner {
     gather(depthwise, pass.depthwise_gradient);
     gather(project, pass.project_gradient);
     for (int64_t c = 0; c < channels; ++c) {
-      for (int i = 0; pass.sums && i < 3; ++i) {
+      for (int i = 0; pass.sums && i < 4; ++i) {
         double sum = 0;
-        for (int w = 0; w < workers; ++w) sum += own<double>(w, sums_offset)[(c / panel * 3 + i) * panel + c % panel];
+        for (int w = 0; w < workers; ++w) sum += own<double>(w, sums_offset)[(c / panel * 4 + i) * panel + c % panel];
         pass.sums[i * channels + c] = sum;
       }
       if (!pass.mean) continue;
-      double count = 0, mean = 0, square = 0;
+      double count = 0;
+      pass.mean[c] = pass.square[c] = 0;
       for (int w = 0; w < workers; ++w) {
         const double now = double(image_begin(w + 1) - image_begin(w)) * s.out_height * s.out_width;
         const double* found = own<double>(w, moments_offset) + c;
-        const double delta = found[0] - mean;
-        mean += delta * (now / (count + now));
-        square += found[hidden] + delta * delta * (count * now / (count + now));
-        count += now;
+        merge(&count, pass.mean + c, pass.square + c, now, found[0], found[hidden]);
       }
-      pass.mean[c] = mean;
-      pass.square[c] = square;
     }
   }
 };
@@ -291,16 +288,15 @@ void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channe
   const int64_t panel = kernel.tiles.panel, size = round_up(channels, panel), chunks = ceil_div(pixels, kMomentPixels);
   const int workers = int(std::min<int64_t>(threads, chunks));
   const auto begin = [&](int w) { return std::min(chunks * w / workers * kMomentPixels, pixels); };
-  const int64_t doubles = size + size * size;
-  const int64_t scratch = (2 * size + panel * panel + size * kMomentPixels) * element_size(kernel);
-  const int64_t worker_bytes = round_up(doubles * 8 + scratch, 64);
+  const int64_t results = size + size * size, scratch = 2 * size + size * kMomentPixels;
+  const int64_t worker_bytes = round_up((results + scratch) * 8, 64);
   const Arena arena(workers * worker_bytes);
   on_workers(workers, parallel, [&](int w) {
     const FlushDenormals denormals;
     double* own = reinterpret_cast<double*>(arena.data() + w * worker_bytes);
-    std::fill_n(own, doubles, 0.0);
+    std::fill_n(own, results, 0.0);
     const char* from = static_cast<const char*>(x) + begin(w) * channels * element_size(kernel);
-    kernel.moments(from, begin(w + 1) - begin(w), int(channels), 0, own, own + size, own + doubles);
+    kernel.moments(from, begin(w + 1) - begin(w), int(channels), 0, own, own + size, own + results);
   });
   double count = 0;
   std::fill_n(mean, channels, 0.0);
@@ -345,16 +341,13 @@ void channel_moments(const Kernel& kernel, const void* x, int64_t pixels, int64_
                            own, own + channels);
   });
   for (int64_t c = 0; c < channels; ++c) {
-    double before = 0, m = 0, s = 0;
-    for (int w = 0; w < workers; ++w) {
+    double count = 0;
+    mean[c] = square[c] = 0;
+    for (int w = 0; w < workers && pixels; ++w) {
       const double* own = &found[size_t(w) * 2 * channels + c];
-      const double now = double(pixels * (w + 1) / workers - pixels * w / workers), delta = own[0] - m;
-      m += delta * (now / (before + now));
-      s += own[channels] + delta * delta * (before * now / (before + now));
-      before += now;
+      const double now = double(pixels * (w + 1) / workers - pixels * w / workers);
+      merge(&count, mean + c, square + c, now, own[0], own[channels]);
     }
-    mean[c] = m;
-    square[c] = s;
   }
 }
 
