@@ -108,8 +108,8 @@ constexpr int kPixelsPerFlush = 1024;
 
 // Sums over pixels, [panels][rows][panel], in the row's own type until they are added to doubles.
 struct Accumulator {
-  void* rounded;  // null where they are not asked for
-  double* exact;
+  void* rounded;          // null where they are not asked for
+  double* exact;          // null where there are less than kPixelsPerFlush
   int64_t rows, pending;  // pixels in `rounded`
 };
 

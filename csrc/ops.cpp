@@ -296,8 +296,12 @@ struct TrainingBlock {
     p.batch = x.size(0);
     return p;
   }
-  void run(const BlockPass& pass) const {
-    if (pass.batch == 0) return;
+  // Into `results`, to which the pass points.
+  void run(const BlockPass& pass, std::initializer_list<Tensor> results) const {
+    if (pass.batch == 0) {
+      for (Tensor t : results) torch::stable::zero_(t);
+      return;
+    }
     mnv2_fused::run(*kernel, layer, x.size(2), x.size(3), pass, int(torch::stable::get_num_threads()),
                     on_torch_threads);
   }
@@ -333,7 +337,7 @@ std::tuple<Tensor, Tensor> filter_moments(const Tensor& x, const std::optional<T
   const Tensor mean = doubles({hidden}, x), square = doubles({hidden}, x);
   pass.mean = data_of(mean);
   pass.square = data_of(square);
-  block.run(pass);
+  block.run(pass, {mean, square});
   return {mean, square};
 }
 
@@ -365,25 +369,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
   pass.coefficients = dense.data_ptr();
 
   const auto want = [&](int64_t bit, int64_t rows) { return doubles({wanted & bit ? rows : 0, hidden}, x); };
-  const bool any = x.size(0) > 0;
   const Tensor dx = wanted & kDx ? new_tensor({x.size(0), in, x.size(2), x.size(3)}, x, MemoryFormat::ChannelsLast)
                                  : new_tensor({0}, x, MemoryFormat::Contiguous);
   const Tensor expand_gradient = want(expand_weight ? int64_t(kExpandGradient) : 0, in);
   const Tensor depthwise_gradient = want(kDepthwiseGradient, 9), project_gradient = want(kProjectGradient, out);
   const Tensor sums = doubles({4, hidden}, x);
-  if (!any) {
-    for (const Tensor* t : {&expand_gradient, &depthwise_gradient, &project_gradient, &sums}) {
-      torch::stable::zero_(const_cast<Tensor&>(*t));
-    }
-    return {dx, expand_gradient, depthwise_gradient, project_gradient, sums};
-  }
   const auto target = [](const Tensor& t) { return t.numel() ? data_of(t) : nullptr; };
   pass.dx = wanted & kDx ? dx.data_ptr() : nullptr;
   pass.expand_gradient = target(expand_gradient);
   pass.depthwise_gradient = target(depthwise_gradient);
   pass.project_gradient = target(project_gradient);
   pass.sums = data_of(sums);
-  block.run(pass);
+  block.run(pass, {expand_gradient, depthwise_gradient, project_gradient, sums});
   return {dx, expand_gradient, depthwise_gradient, project_gradient, sums};
 }
 

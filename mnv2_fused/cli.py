@@ -545,6 +545,7 @@ def _demo_digits(plot: Path, compare: bool, options: digits.Options) -> None:
         for way, run in runs.items()
         if run.training.accuracy < MIN_ACCURACY
     ]
+    problems += [f"{name or 'the network'} trained layer by layer: {why}" for name, why in fused.unfused.items()]
     if fused.why_not_fused or not fused.eval_error <= TOLERANCE:
         problems.append("the trained network did not run as one op with the logits of plain layers")
     if yardstick:

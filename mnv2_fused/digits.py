@@ -319,6 +319,7 @@ class Run:
         memory_mb: what the first step adds to the resident memory of a process that holds model, optimizer and batch,
             in 10^6 bytes; None where it is not told (it is Linux's VmHWM; its noise is a few percent).
         predictions: the class of each test image, by the trained network in eval mode.
+        unfused: parts of the network that trained layer by layer, and why; {} means that all trained fused.
         why_not_fused: of the trained network in eval mode; "" means that it has run as one op.
         eval_error: |logits - plain| / |plain| over the test images, plain being the same network with fused = False.
     """
@@ -326,6 +327,7 @@ class Run:
     training: Training
     memory_mb: float | None
     predictions: list[int]
+    unfused: dict[str, str]
     why_not_fused: str
     eval_error: float
 
@@ -379,6 +381,7 @@ def _run(options: Options, progress: Progress) -> Run:
     if options.nudged:
         nudge(model)
     memory = _memory(model, data)
+    unfused = model.train().unfused(data.images[:BATCH])
     training = train(model, data, options.epochs, steps=options.steps, seed=options.seed, progress=progress)
     logits = predict(model, data.test_images)
     with torch.no_grad():
@@ -386,7 +389,7 @@ def _run(options: Options, progress: Progress) -> Run:
     model.fused = False
     plain = predict(model, data.test_images)
     error = ((logits - plain).norm() / plain.norm()).item()
-    return Run(training, memory, logits.argmax(1).tolist(), reason, error)
+    return Run(training, memory, logits.argmax(1).tolist(), unfused, reason, error)
 
 
 def _memory(model: MobileNetV2, data: Digits) -> float | None:

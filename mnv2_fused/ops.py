@@ -61,7 +61,8 @@ def inverted_residual(
 
     The expanded activation lives in registers and cache only. Outside the image it is 0 (the padding comes after the
     first ReLU6). Gradients are those of `inverted_residual_reference`, from its inputs alone, and have none of their
-    own; under forward-mode differentiation and the transforms of torch.func that reference runs. Source: Sandler et al., CVPR 2018, section 3 and Table 1.
+    own; under forward-mode differentiation and the transforms of torch.func that reference runs. Source: Sandler et
+    al., CVPR 2018, section 3 and Table 1.
 
     Args:
         x: [N, C_in, H, W], float32 or float64, any strides; channels_last is read as it is, others are copied.
@@ -286,7 +287,7 @@ def _(dz, x, we, be, wd, wp, coefficients, stride, dilation, padding, wanted, ou
     project, depthwise = out_pixels * hidden * wp.shape[0], out_pixels * hidden * 9
     below = bool(wanted & (WANT_X | WANT_EXPAND))
     macs = expand * (bool(wanted & WANT_X) + bool(wanted & WANT_EXPAND)) + project * bool(wanted & WANT_PROJECT)
-    return 2 * (macs + project + depthwise * (below + bool(wanted & WANT_DEPTHWISE)))
+    return 2 * (macs + project * (wanted != WANT_PROJECT) + depthwise * (below + bool(wanted & WANT_DEPTHWISE)))
 
 
 # ------------------------------------------------------------------------------------------------- packed networks

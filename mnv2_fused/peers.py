@@ -107,6 +107,8 @@ def _compile(model: MobileNetV2, example: Tensor, threads: int) -> Call:
 def _train_fused(model: MobileNetV2, example: Tensor, threads: int) -> Call:
     torch.set_num_threads(threads)
     model.fused = True
+    if reasons := model.unfused(example):
+        raise RuntimeError(f"the model would not train fused: {reasons}")
     return model
 
 

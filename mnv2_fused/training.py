@@ -141,14 +141,13 @@ class _Block:
         """The expansion with its BatchNorm in it."""
         if self.expand.weight is None:
             return
-        weight = self.expand.weight.double().flatten(1)
+        weight, dtype = self.expand.weight, self.x.dtype
         self.expand_norm = norm = _Norm(self.expand, e_mean, e_var, count)
         shift = norm.shift
         if bool(x_center.any()):
             self.centered = self.x - _column(x_center, self.x)
-            shift = shift + norm.scale * (weight @ x_center)
-        folded = norm.scale.view(-1, 1) * weight
-        self.pair = folded.to(self.x.dtype).view_as(self.expand.weight), shift.to(self.x.dtype)
+            shift = shift + norm.scale * (weight.flatten(1).double() @ x_center)
+        self.pair = norm.scale.to(dtype).view(-1, 1, 1, 1) * weight, shift.to(dtype)
 
     def expand_moments(self, total: Tensor) -> tuple[Tensor, ...]:
         """x_center, x_mean, x_products, e_mean, e_var.
@@ -169,7 +168,7 @@ class _Block:
         weight = self.expand.weight.double().flatten(1)
         joint = _sum_over(group, mean * count) / total if group else mean
         products = products + count * torch.outer(mean - joint, mean - joint) if group else products
-        var = ((weight @ _sum_over(group, products)) * weight).sum(1) / total
+        var = (weight @ _sum_over(group, products)).mul_(weight).sum(1) / total
         return center, joint, products, weight @ joint, var.clamp(min=0)  # below 0 by rounding, where terms cancel
 
 
@@ -288,58 +287,63 @@ def _block_train_backward(dy, z, *arguments):
         )
         result["x"], result["depthwise_weight"] = dx, depthwise_gradient.t()
         if products:
-            _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient.t(), sums[2:], want_x, result)
+            _expand_backward(block, x_center, x_mean, x_products, dx, dy, expand_gradient, sums[2:], want_x, result)
         if want_x and block.residual and (expand.weight is None or not block.expand_norm.batch):
             result["x"] += dy
 
     names = ["x"] + [f"{stage}_{field}" for stage in _NAMES for field in ConvNorm._fields[:4]]
     like = [x] + [getattr(stage, field) for stage in (expand, depthwise, project) for field in ConvNorm._fields[:4]]
     return tuple(
-        (result[name] if name == "x" else result[name].to(t.dtype, copy=True).reshape(t.shape).contiguous())
-        if asked
-        else x.new_empty(0)
+        (result[name] if name == "x" else _like(result[name], t)) if asked else x.new_empty(0)
         for name, t, asked in zip(names, like, wanted, strict=True)
     )
+
+
+def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """A copy, of the tensor's dtype and shape."""
+    return gradient.to(tensor.dtype, copy=True, memory_format=torch.contiguous_format).view(tensor.shape)
 
 
 def _expand_backward(
     block: _Block, x_center: Tensor, x_mean: Tensor, x_products: Tensor, dx: Tensor, dy: Tensor, gradient: Tensor,
     sums: Tensor, want_x: bool, result: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Through e's BatchNorm, from G (`gradient`, over x less its center, as the kernel had it) and sums of ge, ge h."""
-    norm, weight, group = block.expand_norm, block.expand.weight.double().flatten(1), block.group
+    """Through e's BatchNorm, from G (`gradient`, over x less its center, as the kernel had it) and sums of ge, ge h.
+
+    Matrices are [in, hidden], as the kernel gives G.
+    """
+    norm, group = block.expand_norm, block.group
+    weight = block.expand.weight.flatten(1).t().to(torch.float64, memory_format=torch.contiguous_format)
     total, with_h = sums
-    mean = x_mean if norm.batch else x_center
-    about_mean = gradient - total.view(-1, 1) * (mean - x_center)  # the sum of ge (x - mean)
-    # That of ge (e - mean of e), in two ways. Where ge is not 0, h is the affine map of e, so the sum of ge h gives it,
-    # unless the map is flat. So does G, whose large terms cancel where channels are correlated: worse than those of h,
-    # if it is not their mean that is large.
-    product = (about_mean * weight).sum(1)
+    # The sum of ge (e - mean of e), in two ways. Where ge is not 0, h is the affine map of e, so the sum of ge h gives
+    # it, unless the map is flat. So does G, whose large terms cancel where channels are correlated: worse than those of
+    # h, if it is not their mean that is large.
+    mean = x_mean - x_center if norm.batch else -x_center
+    gap = mean @ weight if norm.batch else norm.mean + mean @ weight  # the mean of e, as the kernels had x
+    product = (gradient * weight).sum(0) - total * gap
     through_h = norm.scale.abs() > 1e-3 * norm.rstd
     if norm.batch:
-        deviations = (x_products.diagonal() / block.pixels).sqrt()
-        through_h &= weight.abs() @ deviations > weight.abs() @ (mean - x_center).abs()
-    else:
-        product += total * (weight @ x_center - norm.mean)
-        result["expand_weight"] = norm.scale.view(-1, 1) * (about_mean + total.view(-1, 1) * mean)
-        result["expand_bias"] = norm.scale * total
+        sizes = torch.stack([(x_products.diagonal() / block.pixels).sqrt(), mean.abs()]) @ weight.abs()
+        through_h &= sizes[0] > sizes[1]
     product = torch.where(through_h, (with_h - total * (norm.shift + norm.scale * norm.mean)) / norm.scale, product)
     result["expand_scale"], result["expand_shift"] = norm.rstd * product, total
     if not norm.batch:
+        result["expand_weight"] = (gradient * norm.scale).addr_(x_center, norm.scale * total).t()
+        result["expand_bias"] = norm.scale * total
         return
     joint_total, joint_product = _sum_over(group, torch.stack([total, product]))
     q = norm.scale * norm.rstd.square() * joint_product / norm.count
     result["expand_bias"] = torch.zeros_like(total)
-    result["expand_weight"] = norm.scale.view(-1, 1) * about_mean - q.view(-1, 1) * (weight @ x_products)
+    found = (x_products @ weight).mul_(-q).addcmul_(gradient, norm.scale).addr_(mean, norm.scale * total, alpha=-1)
     if group:  # of one process alone, the deviations of x and those of the gradient do not add up to 0
-        count = block.pixels
-        deviation = count * (_OPS.channel_moments(block.x)[0] - mean)
+        deviation = block.pixels * (_OPS.channel_moments(block.x)[0] - x_mean)
         constant = norm.scale * joint_total / norm.count
-        result["expand_weight"] += torch.outer(norm.scale * total - constant * count - q * (weight @ deviation), mean)
-        result["expand_weight"] -= torch.outer(constant, deviation)
+        found.addr_(x_mean, norm.scale * total - constant * block.pixels - q * (deviation @ weight))
+        found.addr_(deviation, constant, alpha=-1)
+    result["expand_weight"] = found.t()
     if want_x:
-        slope = weight.t() @ (q.view(-1, 1) * weight)
-        constant = (norm.scale * joint_total / norm.count) @ weight - slope @ (mean - x_center)
+        slope = weight @ (q * weight).t()
+        constant = weight @ (norm.scale * joint_total / norm.count) - slope @ mean
         residual = dy if block.residual else None
         _OPS.matrix_add_(dx, block.centered, -slope.to(dx.dtype), -constant.to(dx.dtype), residual)
 

@@ -191,7 +191,7 @@ def test_memory():
 
 # ---- training
 
-STEP = dict(width=0.35, resolution=64, batch=8, threads=1, seconds=0.0, train=True)
+STEP = dict(width=0.35, resolution=64, batch=3, threads=1, seconds=0.0, train=True)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_training_report(trained, tmp_path):
     trained["eager"].remark = "as it comes"
     console.print(trained.table())
     text = console.file.getvalue()
-    assert "batch 8, 1 thread, a step of training" in text and "eager: as it comes" in text
+    assert "batch 3, 1 thread, a step of training" in text and "eager: as it comes" in text
     assert f"{trained['eager'].images_per_second:.1f}" in text and "of peak" not in text and "FMA" not in text
     pytest.importorskip("matplotlib")
     trained.plot(tmp_path / "plot.png")

@@ -316,7 +316,7 @@ def trained(monkeypatch):
         progress(digits.Step(1, 2, 1, 2.3, 0.1))
         losses = [2.0 - i / 100 + (1e-4 if options.nudged else 0) for i in range(options.steps or 100)]
         labels = digits.digits().test_labels.tolist()
-        return digits.Run(digits.Training(losses, 0.99, 1.5), 3.0, labels, "", 1e-7)
+        return digits.Run(digits.Training(losses, 0.99, 1.5), 3.0, labels, {}, "", 1e-7)
 
     trained = []
     monkeypatch.setattr(digits, "measure", measure)
@@ -339,6 +339,7 @@ def test_demo_digits_passes_its_options_on(trained, tmp_path):
         ({"training": digits.Training([3.0] * 100, 0.99, 1.5)}, "losses of fused and plain training disagree"),
         ({"training": digits.Training([2.0] * 100, 0.96, 1.5)}, "test accuracy of fused is 96.0%, below 97%"),
         ({"why_not_fused": "it is odd"}, "did not run as one op"),
+        ({"unfused": {"features.3": "it is odd"}}, "features.3 trained layer by layer: it is odd"),
         ({"eval_error": float("nan")}, "did not run as one op"),
     ],
 )

@@ -1,9 +1,11 @@
 """Training on the digits: one seed gives one result, fused and plain blocks train alike, bad arguments are refused."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
+from steps import Ran
 
 from mnv2_fused import digits
 
@@ -18,11 +20,16 @@ def data():
 
 
 def losses(data, fused=True, nudged=False, steps=STEPS, **kwargs):
+    """Of a training that has run fused in every step, where it should."""
     model = digits.digits_network(seed=1)
     model.fused = fused
     if nudged:
         digits.nudge(model)
-    return digits.train(model, data, epochs=10, steps=steps, **kwargs).losses
+    with Ran() if fused else nullcontext() as ran:  # counting takes a third of a plain run's time
+        result = digits.train(model, data, epochs=10, steps=steps, **kwargs).losses
+    if fused:
+        ran.check(model, steps)
+    return result
 
 
 def test_digits():
@@ -133,8 +140,21 @@ def test_measure():
     model, data = digits.digits_network(seed=1), digits.digits()
     assert run.training.losses == digits.train(model, data, steps=2, seed=1).losses == [step.loss for step in steps]
     assert run.predictions == digits.predict(model, data.test_images).argmax(1).tolist()
-    assert run.why_not_fused == "" and run.eval_error < 1e-4
+    assert run.unfused == {} and run.why_not_fused == "" and run.eval_error < 1e-4
     assert run.memory_mb is None or 1 < run.memory_mb < 1000
+
+
+def test_a_network_that_does_not_train_fused(monkeypatch):
+    """Its parts are named: a run says whether it is one of ours."""
+
+    def hooked(seed=0, build=digits.digits_network):
+        model = build(seed)
+        model.features[2].conv[3].register_forward_hook(lambda *_: None)
+        return model
+
+    monkeypatch.setattr(digits, "digits_network", hooked)
+    run = digits._run(digits.Options(steps=1), lambda step: None)
+    assert list(run.unfused) == ["features.2"] and "hooks" in run.unfused["features.2"]
 
 
 def test_a_process_that_fails():

@@ -485,7 +485,7 @@ def training_epoch(model: MobileNetV2) -> None:
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     for _ in range(3):
-        nn.functional.cross_entropy(model(images(8, 64, 64)), torch.arange(8)).backward()
+        nn.functional.cross_entropy(model(images(8, 96, 96)), torch.arange(8)).backward()
         optimizer.step()
     model.eval()
 

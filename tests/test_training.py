@@ -1,216 +1,61 @@
 """Training of the blocks, module against module: values, gradients, statistics, memory, and what PyTorch asks for.
 
 The truth is the composition of a block's modules (`fused = False`) in float64; what precision is to be expected is what
-the composition gets in float32. The ops by themselves, at inference, are in test_ops.py.
+the composition gets in float32 (steps.py). The ops by themselves, at inference, are in test_ops.py; torch.compile,
+checkpoints, threads and the like are in test_training_modes.py.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
-import io
 import itertools
-import pickle
 import re
-import threading
-import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from blocks import Block
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import (
+    EPS,
+    EXACT,
+    NORMS,
+    SMALL,
+    USUAL,
+    check,
+    check_equal,
+    check_exact,
+    clear_kinks,
+    errors,
+    forward,
+    module,
+    norms,
+    prepare,
+    prepared,
+    results_of,
+    scales,
+    step,
+    step_of,
+    tiny,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2, ops, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EXACT = 1e-9  # what two float64 computations of one thing may differ by, relative to its norm
-EPS = torch.finfo(torch.float32).eps
 X, EXPAND, DEPTHWISE, PROJECT = ops.WANT_X, ops.WANT_EXPAND, ops.WANT_DEPTHWISE, ops.WANT_PROJECT
 VARIED_LAYOUTS = ("channels_last", "contiguous", "transposed", "channel_slice", "crop")  # no value is repeated
-Results = dict[str, Tensor]
-
-
-# ------------------------------------------------------------------------------------ blocks, and what a step gives
-
-
-def module(case: Block) -> InvertedResidual:
-    """The block as a module in float64, in training; both sides of both ReLU6 are reached, some scales are negative."""
-    _, expand, _, depthwise, _, project, _ = case.tensors(torch.float64)
-    # A ratio of exactly 1 means no expansion.
-    ratio = case.hidden_channels / case.in_channels * (1 + 1e-9) if case.expand else 1
-    block = InvertedResidual(case.in_channels, case.out_channels, case.stride, ratio).double()
-    block.use_res_connect = case.residual
-    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
-    convs[-2].dilation = (case.dilation,) * 2
-    convs[-2].padding = case.padding if isinstance(case.padding, tuple) else (case.padding,) * 2
-    random = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
-    with torch.no_grad():
-        for conv, weight in zip(convs, [w for w in (expand, depthwise, project) if w is not None], strict=True):
-            conv.weight.copy_(weight)
-        for bn in norms(block):
-            bn.weight.uniform_(0.5, 2.5, generator=random).mul_(bn.weight.sub(0.75).sign())
-            bn.bias.normal_(1, 1, generator=random)
-    return block.train()
-
-
-def norms(root: nn.Module) -> list[nn.BatchNorm2d]:
-    return [m for m in root.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-def step(root: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64, *, fused: bool, seed: int = 1) -> Results:
-    """Output, all gradients and all buffers after one forward and backward of a copy."""
-    root = copy.deepcopy(root).to(dtype)
-    root.fused = fused
-    return step_of(root, x.detach().to(dtype).requires_grad_(), seed)
-
-
-def step_of(root: nn.Module, x: Tensor, seed: int = 1) -> Results:
-    """As `step`, of the module itself, for x as it is."""
-    if isinstance(root, InvertedResidual) and root.fused:
-        assert training.why_not(root.conv, x, root.use_res_connect) == ""
-    return results_of(root, x, seed)
-
-
-def results_of(root: nn.Module, x: Tensor, seed: int = 1) -> Results:
-    """The loss weighs each output by another number."""
-    y = root(x)
-    random = torch.Generator().manual_seed(seed)
-    y.backward(torch.randn(y.shape, generator=random, dtype=torch.float64).to(y.dtype))
-    gradients = {name: p.grad for name, p in [("x", x), *root.named_parameters()] if p.grad is not None}
-    buffers = {name: t.clone() for name, t in root.named_buffers()}
-    return {"y": y.detach(), **gradients, **buffers}
-
-
-def clear_kinks(root: nn.Module, x: Tensor, margin: float = 256 * EPS) -> None:
-    """Moves the BatchNorms' shifts until no element stands within rounding of a kink of ReLU6.
-
-    An element that rounds to the other side of 0 or 6 changes the gradients by all that passes through it, which is
-    no rounding error. The margin is relative to the kink and the channel's largest element. Shifts move by up to 20
-    margins at a time; of a channel of a thousand values one move in two is enough.
-    """
-    random = torch.Generator().manual_seed(0)
-
-    def move(bn: nn.BatchNorm2d, inputs: tuple[Tensor], y: Tensor) -> Tensor:
-        flat = y.transpose(0, 1).flatten(1)
-        reach = margin * (6 + (flat - bn.bias[:, None]).abs().amax(1, keepdim=True))
-        for _ in range(1000):
-            near = torch.minimum(flat.abs(), (flat - 6).abs()) < reach
-            moved = near.any(1) * (reach[:, 0] * 20 * torch.rand(len(flat), generator=random, dtype=flat.dtype))
-            if not moved.any():
-                return flat.view(y.transpose(0, 1).shape).transpose(0, 1)
-            bn.bias += moved
-            flat = flat + moved[:, None]
-        raise AssertionError("no shift without an element near a kink")
-
-    state = copy.deepcopy(dict(root.named_buffers()))
-    chains = [list(m) for m in root.modules() if type(m) is nn.Sequential]
-    before = [one for chain in chains for one, next in itertools.pairwise(chain) if isinstance(next, nn.ReLU6)]
-    handles = [bn.register_forward_hook(move) for bn in before]  # hooks: the modules run one by one
-    with torch.no_grad():
-        root(x)
-        for name, buffer in root.named_buffers():
-            buffer.copy_(state[name])
-    for handle in handles:
-        handle.remove()
-
-
-def still(root: nn.Module, x: Tensor) -> nn.Module:
-    """A copy that takes the statistics of batch x, wherever it takes a batch's, as constants."""
-
-    def fix(bn: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        if bn.training or bn.running_mean is None:
-            values = inputs[0].transpose(0, 1).flatten(1)
-            bn.running_mean, bn.running_var = values.mean(1), values.var(1, unbiased=False)
-            bn.eval()
-
-    root = copy.deepcopy(root)
-    root.fused = False
-    handles = [bn.register_forward_pre_hook(fix) for bn in norms(root)]
-    with torch.no_grad():
-        root(x)
-    for handle in handles:
-        handle.remove()
-    return root
-
-
-def scales(root: nn.Module, x: Tensor, truth: Results) -> dict[str, float]:
-    """By name, what an error is measured by: the norm of the truth, or of the terms that cancel to it.
-
-    A BatchNorm takes out of a gradient g its mean and its part along the values: what is left may be nothing (a bias
-    before a BatchNorm, two values per channel), and its rounding error is still that of g. So g counts as well: the
-    gradient with the statistics held constant. Sums over few channels may happen to be small: three losses are taken.
-    What three BatchNorms of two values each leave of a gradient, 1e-17 of it, has no scale of its own: a millionth of
-    the block's largest gradient is the least.
-    """
-    root = still(root, x)
-    terms = [step(root, x, fused=False, seed=seed) for seed in (1, 2, 3)]
-    result = {
-        name: max(float(t[name].norm()) for t in (truth, *terms)) for name in truth if truth[name].is_floating_point()
-    }
-    least = 1e-6 * max((result[name] for name, _ in root.named_parameters() if name in result), default=0.0)
-    result = {name: max(scale, least) for name, scale in result.items()}
-    for name in result:
-        if name.endswith("running_mean"):  # a mean of values of both signs: their size counts
-            result[name] += float(truth[name.replace("mean", "var")].sqrt().norm())
-    return result
-
-
-def errors(found: Results, truth: Results, scale: dict[str, float]) -> dict[str, float]:
-    assert found.keys() == truth.keys(), found.keys() ^ truth.keys()
-    for name, t in truth.items():
-        assert found[name].shape == t.shape, name
-        if not t.is_floating_point():
-            assert torch.equal(found[name], t), name
-    return {name: float((found[name].double() - truth[name]).norm()) / max(s, 1e-300) for name, s in scale.items()}
-
-
-def check(found: dict[str, float], allowed: dict[str, float] | float, what: object = "") -> None:
-    """All errors are within what is allowed; names the tensor that is farthest out."""
-    limits = allowed if isinstance(allowed, dict) else dict.fromkeys(found, allowed)
-    excess = {name: e / limits[name] if e == e else float("inf") for name, e in found.items()}
-    name = max(excess, key=excess.get)
-    assert excess[name] <= 1, f"{name} is off by {found[name]:.3g}, allowed {limits[name]:.3g}: {what}"
-
-
-def check_exact(root: nn.Module, x: Tensor, what: object = "") -> None:
-    """In float64 a fused step and the composition's agree."""
-    truth = step(root, x, fused=False)
-    check(errors(step(root, x, fused=True), truth, scales(root, x, truth)), EXACT, what)
-
-
-def condition(block: InvertedResidual, x: Tensor) -> float:
-    """How much larger than a channel's standard deviation the terms are that sum up to its values, at most.
-
-    By this factor the BatchNorms enlarge what rounds in the convolutions; it is large where a channel has few values.
-    """
-    found: list[float] = []
-
-    def look(conv: nn.Conv2d, inputs: tuple[Tensor], v: Tensor) -> None:
-        terms = conv._conv_forward(inputs[0].abs(), conv.weight.abs(), None)
-        std = (v.var((0, 2, 3), unbiased=False) + 1e-5).sqrt()
-        found.append(float((terms.amax((0, 2, 3)) / std).max()))
-
-    block = copy.deepcopy(block)
-    block.fused = False
-    for conv in [m for m in block.modules() if isinstance(m, nn.Conv2d)]:
-        conv.register_forward_hook(look)
-    with torch.no_grad():
-        block(x)
-    return max(found)
 
 
 # ------------------------------------------------------------------------------------------------------ random blocks
@@ -248,26 +93,6 @@ def random_blocks(draw: st.DrawFn, limit: int) -> Block:
     height = (case.height + 2 * y - 2 * dilation - 1) // stride + 1
     width = (case.width + 2 * x - 2 * dilation - 1) // stride + 1
     return case if case.batch * height * width > 1 else replace(case, batch=2)
-
-
-class Prepared(NamedTuple):
-    block: InvertedResidual
-    x: Tensor
-    truth: Results
-    scale: dict[str, float]
-    eager: dict[str, float]  # the composition's errors in float32
-    condition: float
-
-
-@lru_cache(100)
-def prepare(case: Block) -> Prepared:
-    """What all kernel rows are compared with."""
-    block, x = module(case), case.tensors()[0].double()
-    clear_kinks(block, x)
-    truth = step(block, x, fused=False)
-    scale = scales(block, x, truth)
-    eager = errors(step(block, x, torch.float32, fused=False), truth, scale)
-    return Prepared(block, x, truth, scale, eager, condition(block, x))
 
 
 @pytest.mark.parametrize(
@@ -319,43 +144,59 @@ def test_tall_maps(kernel: mnv2_fused.ops.Kernel, case: Block) -> None:
     check(found, EXACT if exact else {name: max(10 * e, 32 * EPS * condition) for name, e in eager.items()}, case)
 
 
-def test_sums_over_many_pixels(float32_kernel: mnv2_fused.ops.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a quarter of a million values of one sign: what a float32 would add up is off by 1e-5 and more."""
+@pytest.mark.parametrize("shape", [(64, 4, 64, 64), (1, 4, 512, 512), (1, 8, 1, 100_000)], ids=str)
+def test_sums_over_many_pixels(
+    float32_kernel: mnv2_fused.ops.Kernel, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of values of one sign, in many images, in one and in one row: a float32 that adds them up is off by 1e-5."""
     random = torch.Generator().manual_seed(0)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=random) + 0.5
 
-    x, dz = uniform(64, 4, 64, 64), uniform(64, 4, 64, 64)
-    weights = uniform(20, 4, 1, 1) / 4, uniform(20), uniform(20, 1, 3, 3) / 9, uniform(4, 20, 1, 1)
+    channels = shape[1]
+    x, dz = uniform(*shape), uniform(shape[0], 4, *shape[2:])
+    we, be, wd, wp = uniform(20, channels, 1, 1) / channels, uniform(20), uniform(20, 1, 3, 3) / 9, uniform(4, 20, 1, 1)
     table = torch.stack([torch.ones(20), torch.zeros(20), torch.ones(20), uniform(20), torch.zeros(20), uniform(20)])
+    geometry, wanted = (1, 1, (1, 1, 1, 1)), EXPAND | DEPTHWISE | PROJECT
+    center = torch.zeros(4)
 
-    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        tensors = (t.to(dtype) for t in (dz, x, *weights, table))
-        wanted = EXPAND | DEPTHWISE | PROJECT
-        return torch.ops.mnv2_fused.block_gradients(*tensors, 1, 1, (1, 1, 1, 1), wanted)[1:]
+    def sums(dtype: torch.dtype) -> dict[str, Tensor]:
+        def op(name: str, *arguments: Any) -> tuple[Tensor, ...]:
+            tensors = (t.to(dtype) if isinstance(t, Tensor) else t for t in arguments)
+            return getattr(torch.ops.mnv2_fused, name)(*tensors)
 
-    results = gradients(torch.float32)
+        results = {
+            "block_gradients": op("block_gradients", dz, x, we, be, wd, wp, table, *geometry, wanted)[1:],
+            "filter_moments": op("filter_moments", x, we, be, wd, *geometry),
+            "moments": op("moments", x),
+            "channel_moments": op("channel_moments", x),
+            "channel_products": op("channel_products", dz, dz, center).unbind(),
+        }
+        return {f"{name} {i}": t for name, tensors in results.items() for i, t in enumerate(tensors)}
+
+    results = sums(torch.float32)
     monkeypatch.delenv("MNV2_FUSED_KERNEL")
-    for found, truth in zip(results, gradients(torch.float64), strict=True):
-        assert float((found - truth).norm() / truth.norm()) < 2e-6
+    truth = sums(torch.float64)
+    check(errors(results, truth, {name: float(t.norm()) for name, t in truth.items()}), 2e-6)
+
+
+def test_sums_over_no_images(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None) -> None:
+    """0: one of several processes may have no image."""
+    x, we, be, wd, _, wp, _ = SMALL[0].tensors(kernel.dtype)
+    none, table, geometry = x[:0], torch.ones(6, len(wd), dtype=x.dtype), (1, 1, (1, 1, 1, 1))
+    results = {
+        "block_gradients": torch.ops.mnv2_fused.block_gradients(none, none, we, be, wd, wp, table, *geometry, 15),
+        "filter_moments": torch.ops.mnv2_fused.filter_moments(none, we, be, wd, *geometry),
+        "moments": torch.ops.mnv2_fused.moments(none),
+        "channel_moments": torch.ops.mnv2_fused.channel_moments(none),
+        "channel_products": (torch.ops.mnv2_fused.channel_products(none, none, torch.zeros(3, dtype=x.dtype)),),
+    }
+    for name, tensors in results.items():
+        assert all((t == 0).all() for t in tensors), name
 
 
 # --------------------------------------------------------------------------------------------- what PyTorch asks for
-
-SMALL = (
-    Block(3, 7, 3, 4, 5, batch=2, residual=True),
-    Block(3, 7, 4, 5, 4, batch=2, stride=2),
-    Block(4, 4, 4, 4, 4, batch=2, expand=False, residual=True),
-    Block(4, 4, 3, 5, 7, expand=False, dilation=2, padding=2),
-)
-USUAL = Block(12, 44, 12, 9, 8, batch=2, residual=True)  # for what depends on no shape
-
-
-def prepared(case: Block = USUAL) -> tuple[InvertedResidual, Tensor]:
-    block, x = module(case), case.tensors()[0].double()
-    clear_kinks(block, x)
-    return block, x
 
 
 @pytest.mark.parametrize("evaluated", [(), (0, 1, 2), (1,)], ids=str)
@@ -380,6 +221,45 @@ def test_gradcheck(case: Block, evaluated: tuple[int, ...]) -> None:
 def test_gradcheck_of_inverted_residual(case: Block) -> None:
     tensors = [None if t is None else t.requires_grad_() for t in case.tensors(torch.float64)]
     assert torch.autograd.gradcheck(lambda *values: ops.inverted_residual(*values, **case.options), tensors)
+
+
+class OneOp(nn.Module):
+    """The stem's or the head's layers, as the op that they are in training."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = training.run_conv_bn_relu6(self.layers, x)
+        assert "conv_bn_relu6" in type(y.grad_fn).__name__
+        return y
+
+
+@pytest.mark.parametrize("statistics", ["batch", "frozen", "none kept"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "not affine"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("conv", [(3, 5, 3, 2, 1), (4, 6, 1)], ids=["stem", "head"])
+def test_gradcheck_of_conv_bn_relu6(conv: tuple[int, ...], bias: bool, affine: bool, statistics: str) -> None:
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(conv[1], affine=affine, track_running_stats=statistics != "none kept")
+    layers = nn.Sequential(nn.Conv2d(*conv, bias=bias), bn, nn.ReLU6()).double()
+    nn.init.normal_(layers[0].weight, std=2)
+    for t in (*bn.parameters(), *bn.buffers()):
+        if t.is_floating_point():
+            nn.init.uniform_(t, 1, 4)
+    bn.train(statistics == "batch")
+    op, x = OneOp(layers), torch.randn(2, conv[0], 4, 5, dtype=torch.float64)
+    names = [name for name, _ in op.named_parameters()]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(op, dict(zip(names, parameters, strict=True)), (x,))
+
+    parameters = [p.detach().clone().requires_grad_() for p in op.parameters()]
+    y = call(x, *parameters)
+    assert (y == 0).any() and ((y > 0) & (y < 6)).any()
+    assert (y == 6).any() or not affine, "both kinks, where a BatchNorm of few values gets as far"
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *parameters), fast_mode=True)
 
 
 @contextmanager
@@ -475,7 +355,7 @@ def test_every_op_is_sampled() -> None:
     assert registered == set(OPS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -484,55 +364,6 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ as nn.BatchNorm2d's
-
-
-def renorm(**options: Any) -> Callable[[InvertedResidual], None]:
-    """Replaces the BatchNorms by others with the same parameters and these options."""
-
-    def change(block: InvertedResidual) -> None:
-        for parent in block.conv.modules():
-            for name, old in list(parent._modules.items()):
-                if isinstance(old, nn.BatchNorm2d):
-                    new = nn.BatchNorm2d(old.num_features, **options).double()
-                    new.load_state_dict(
-                        {**new.state_dict(), **{k: v for k, v in old.state_dict().items() if k in new.state_dict()}}
-                    )
-                    parent._modules[name] = new
-
-    return change
-
-
-def untracked(block: InvertedResidual) -> None:
-    for bn in norms(block):
-        bn.track_running_stats = False
-
-
-def uncounted(block: InvertedResidual) -> None:
-    for bn in norms(block):
-        bn.num_batches_tracked = None
-
-
-def biased(block: InvertedResidual) -> None:
-    for conv in block.modules():
-        if isinstance(conv, nn.Conv2d):
-            random = torch.Generator().manual_seed(conv.out_channels)
-            conv.bias = nn.Parameter(torch.randn(conv.out_channels, generator=random).double())
-
-
-NORMS: dict[str, Callable[[InvertedResidual], None]] = {
-    "as built": lambda block: None,
-    "momentum None": renorm(momentum=None),
-    "momentum 0.3": renorm(momentum=0.3),
-    "momentum 0": renorm(momentum=0.0),
-    "momentum 1": renorm(momentum=1.0),
-    "no running statistics": renorm(track_running_stats=False),
-    "not affine": renorm(affine=False),
-    "eps 0.1": renorm(eps=0.1),
-    "momentum None, not affine, eps 1": renorm(momentum=None, affine=False, eps=1.0),
-    "track_running_stats switched off": untracked,
-    "no num_batches_tracked": uncounted,
-    "convolutions with biases": biased,
-}
 
 
 @pytest.mark.parametrize("change", NORMS.values(), ids=NORMS)
@@ -553,21 +384,40 @@ def test_norms(change: Callable[[InvertedResidual], None]) -> None:
             block.zero_grad(), composition.zero_grad()
 
 
+@pytest.mark.parametrize("change", NORMS.values(), ids=NORMS)
+def test_norms_of_a_network(change: Callable[[nn.Module], None]) -> None:
+    """Stem and head among the blocks: two steps in training, then two with one norm of three in eval mode."""
+    model = tiny().double()
+    change(model)
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    for i in range(4):
+        torch.manual_seed(i)
+        x = torch.randn(3, 3, 21, 18).double() + i
+        for one in (model, composition):
+            one.zero_grad()
+            for j, bn in enumerate(norms(one)):
+                bn.train(i < 2 or j % 3 != i - 2)
+        scale = scales(composition, x, step(composition, x, fused=False))
+        truth = step_of(composition, x.clone().requires_grad_())
+        check(errors(step_of(model, x.clone().requires_grad_()), truth, scale), EXACT, i)
+
+
 def test_batches_are_counted_once() -> None:
     block, x = prepared()
 
     def counts() -> set[int]:
         return {int(bn.num_batches_tracked) for bn in norms(block)}
 
-    y = block(x)
+    y = forward(block, x)
     assert counts() == {1}
     y.sum().backward()
     assert counts() == {1}
     with torch.no_grad():
-        block(x)
+        forward(block, x)
     assert counts() == {2}
     with torch.inference_mode():
-        block(x)
+        forward(block, x)
     assert counts() == {3}
     with torch.no_grad():
         block.eval()(x)
@@ -577,7 +427,7 @@ def test_batches_are_counted_once() -> None:
 def test_running_variance_is_unbiased() -> None:
     block, x = prepared(SMALL[2])
     values = block.conv[0][0](x)
-    block(x)
+    forward(block, x)
     mean, var = values.mean((0, 2, 3)), values.var((0, 2, 3), unbiased=True)
     assert torch.allclose(block.conv[0][1].running_mean, 0.1 * mean)
     assert torch.allclose(block.conv[0][1].running_var, 0.9 + 0.1 * var)
@@ -686,7 +536,7 @@ def test_one_value_per_channel(size: tuple[int, int, int], stride: int) -> None:
     messages = []
     for one in (block, composition):
         try:
-            one(x)
+            forward(one, x)
             messages.append("")
         except ValueError as error:
             messages.append(re.sub(r"torch\.Size\((.*)\)", r"\1", str(error)))
@@ -697,32 +547,67 @@ def test_one_value_per_channel(size: tuple[int, int, int], stride: int) -> None:
         assert torch.allclose(t, before[name]) or torch.allclose(t, moved[name]), name
 
 
-@pytest.mark.parametrize("input", ["constant", "constant by channel", "far from 0", "far from 0, a channel constant"])
+HARD = ("constant", "constant by channel", "far from 0", "far from 0, a channel constant", "correlated channels")
+
+
+@pytest.mark.parametrize("input", HARD)
 def test_hard_inputs(float32_kernel: mnv2_fused.ops.Kernel, input: str) -> None:
     """Variance 0, or a mean of 100 standard deviations: errors at most 3 times the composition's, or 64 eps.
 
     Where all is constant, every BatchNorm but the filtered borders' has variance 0 and enlarges what rounds by
-    eps^-1/2; the composition's error tells by how much.
+    eps^-1/2; the composition's error tells by how much. Of correlated channels, the expansion takes away what they
+    have in common: the variance of e is a small difference of products of x. There 10 times is allowed.
     """
     for case in (USUAL, SMALL[1], Block(16, 96, 24, 14, 14, batch=2), Block(32, 32, 16, 13, 9, batch=3, expand=False)):
-        x = case.tensors()[0].double()
+        x, block = case.tensors()[0].double(), module(case)
         if input == "constant":
             x = torch.full_like(x, 3.7)
         elif input == "constant by channel":
             x = torch.randn(1, x.shape[1], 1, 1).double().expand_as(x).clone()
+        elif input == "correlated channels":
+            x = x + 30 * torch.randn(len(x), 1, *x.shape[2:], generator=torch.Generator().manual_seed(0)).double()
+            if case.expand:
+                weight = block.conv[0][0].weight.data
+                weight -= weight.mean(1, keepdim=True)
         else:
             x = x + 100
         if "a channel" in input:
             x[:, 0] = 50
         x = x.float().double()
-        block = module(case).float().double()
+        block = block.float().double()
         clear_kinks(block, x)
         block = block.float().double()
         truth = step(block, x, fused=False)
         scale = scales(block, x, truth)
         found = errors(step(block, x, torch.float32, fused=True), truth, scale)
         eager = errors(step(block, x, torch.float32, fused=False), truth, scale)
-        check(found, {name: max(3 * e, 64 * EPS) for name, e in eager.items()}, (input, case))
+        times = 10 if input == "correlated channels" else 3
+        check(found, {name: max(times * e, 64 * EPS) for name, e in eager.items()}, (input, case))
+
+
+@pytest.mark.parametrize("case", (USUAL, *SMALL), ids=lambda case: case.id)
+def test_non_finite(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, case: Block) -> None:
+    """A pixel, or one number, of x is NaN, the statistics are frozen: gradients are NaN where the composition's are."""
+    block, x = prepared(case)
+    block.eval()
+    height, width = case.height // 2, case.width // 2
+    for at in ((0, slice(None), height, width), (0, 1, height, width), (0, slice(None), 0, case.width - 1)):
+        results = []
+        for dtype, fused in ((torch.float64, False), (kernel.dtype, True)):
+            one = copy.deepcopy(block).to(dtype)
+            one.fused = fused
+            given = x.to(dtype, copy=True)
+            given[at] = float("nan")
+            y = forward(one, given.requires_grad_())
+            y.nansum().backward()
+            results.append({"y": y.detach(), "x": given.grad, **{name: p.grad for name, p in one.named_parameters()}})
+        truth, found = results
+        assert truth["y"].isnan().any() and not truth["y"].isnan().all()
+        for name, t in truth.items():
+            assert torch.equal(found[name].isnan(), t.isnan()), (name, at)
+        truth, found = ({name: t.nan_to_num(0) for name, t in r.items()} for r in (truth, found))
+        scale = {name: max(float(t.norm()), 1.0) for name, t in truth.items()}
+        check(errors(found, truth, scale), EXACT if kernel.dtype == torch.float64 else 1e-4, at)
 
 
 def test_gradients_of_one_sign(float32_kernel: mnv2_fused.ops.Kernel) -> None:
@@ -755,8 +640,7 @@ def test_no_variance_is_negative() -> None:
     block.conv[0][0].weight.data.copy_(weight.view(48, 8, 1, 1))
     block.conv[0][1].momentum = 1.0
     x = torch.randn(2, 1, 9, 9, generator=random).double() * direction.view(1, 8, 1, 1)
-    found = block(x)
-    assert training.why_not(block.conv, x, block.use_res_connect) == "" and found.isfinite().all()
+    assert forward(block, x).isfinite().all()
     assert block.conv[0][1].running_var.min() >= 0
 
 
@@ -820,9 +704,9 @@ def test_unusual_children(change: Callable[[InvertedResidual], None]) -> None:
 
 def not_inplace(block: InvertedResidual) -> InvertedResidual:
     """PyTorch's backward hooks do not go together with what works in place."""
-    for module in block.modules():
-        if isinstance(module, nn.ReLU6):
-            module.inplace = False
+    for child in block.modules():
+        if isinstance(child, nn.ReLU6):
+            child.inplace = False
     return block
 
 
@@ -905,7 +789,13 @@ def test_what_autograd_keeps() -> None:
     assert y.requires_grad
 
 
-LARGE = Block(8, 256, 8, 224, 224, residual=True)  # 51 MB of hidden channels, 1.6 MB of x
+# Of each the hidden channels take 10 times what x and y do, or, without expansion, 25 MB like x.
+LARGE = {
+    "usual": Block(8, 256, 8, 224, 224, residual=True),
+    "stride 2": Block(8, 256, 8, 160, 160, stride=2),
+    "images": Block(8, 256, 8, 112, 112, batch=3),
+    "no expansion": Block(128, 128, 8, 224, 224, expand=False),
+}
 
 
 def allocated(block: InvertedResidual, x: Tensor) -> int:
@@ -942,14 +832,44 @@ def peak_growth(block: InvertedResidual, x: Tensor) -> int:
 
 @pytest.mark.parametrize("measure", [allocated, peak_growth], ids=lambda measure: measure.__name__)
 @pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
-def test_the_expanded_tensor_is_never_made(measure: Callable[..., int], evaluated: bool) -> None:
-    block, x = module(LARGE).float().train(not evaluated), LARGE.tensors()[0].requires_grad_()
-    expanded = 4 * LARGE.hidden_channels * LARGE.height * LARGE.width
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_the_expanded_tensor_is_never_made(case: Block, evaluated: bool, measure: Callable[..., int]) -> None:
+    """No tensor is larger than x, and in all there are y, z, their gradients and that of x, and 4 MB to work in."""
+    block, x = module(case).float().train(not evaluated), case.tensors()[0].requires_grad_()
+    expanded = 4 * case.batch * case.hidden_channels * case.height * case.width
     small = SMALL[0]
     step_of(module(small).float(), small.tensors()[0].requires_grad_())  # code and threads are there before
-    assert measure(block, x) < expanded / 2
+    with torch.no_grad():
+        y = block(x)
+    limit = 2 * x.nbytes if measure is allocated else x.nbytes + 4 * y.nbytes + 4e6
+    del y
+    assert measure(block, x) <= limit
     block.fused = False
-    assert measure(block, x) >= expanded, "the measure sees what the composition makes"
+    if case.expand or measure is not allocated:
+        assert measure(block, x) >= max(expanded, 1.5 * limit), "the measure sees what the composition makes"
+
+
+@pytest.mark.parametrize("wanted", ["all", "x", "all but x"])
+@pytest.mark.parametrize("case", (USUAL, *SMALL), ids=lambda case: case.id)
+def test_flops_of_a_step(case: Block, wanted: str) -> None:
+    """The gradients of x and of the weights count what forward does, each; what is computed anew does not count.
+
+    The reference's backward is no measure: torch counts a depthwise convolution's weight gradient as a dense one's.
+    """
+    tensors = case.tensors()
+    for i, t in enumerate(tensors):
+        if t is not None:
+            t.requires_grad_(wanted == "all" or (wanted == "x") == (i == 0))
+    with FlopCounterMode(display=False) as step_counter:
+        y = ops.inverted_residual(*tensors, **case.options)
+        y.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        ops.inverted_residual_reference(*tensors, **case.options)
+    once = counter.get_total_flops()
+    first = case.height * case.width * case.in_channels if case.expand else y.shape[2] * y.shape[3] * 9
+    first *= 2 * case.batch * case.hidden_channels
+    right = {"all": 3 * once, "x": 2 * once, "all but x": 3 * once - first}
+    assert step_counter.get_total_flops() == right[wanted]
 
 
 # ----------------------------------------------------------------------------------------------------- whole network
@@ -1002,234 +922,3 @@ def test_whole_network_in_float64() -> None:
     x = torch.randn(2, 3, 65, 33).double()
     truth = step(model, x, fused=False)
     check(errors(step(model, x, fused=True), truth, scales(model, x, truth)), 1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------- modes
-
-TINY = ((1, 16, 1, 1), (6, 24, 2, 2), (3, 24, 1, 1))
-
-
-def tiny(seed: int = 0, **options: Any) -> MobileNetV2:
-    torch.manual_seed(seed)
-    return MobileNetV2(num_classes=5, width_mult=0.5, inverted_residual_setting=TINY, dropout=0.0, **options).train()
-
-
-def check_equal(found: Results, right: Results) -> None:
-    assert found.keys() == right.keys()
-    for name in found:
-        assert torch.equal(found[name], right[name]), name
-
-
-@pytest.fixture
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("case", [USUAL, SMALL[1], SMALL[3]], ids=lambda case: case.id)
-def test_compile_block(fresh_dynamo: None, case: Block) -> None:
-    block, x = prepared(case)
-    truth, scale = step(block, x, fused=False), None
-    scale = scales(block, x, truth)
-    block.compile(backend="aot_eager", fullgraph=True)
-    check(errors(step_of(block, x.clone().requires_grad_()), truth, scale), EXACT)
-
-
-def test_compile_network(fresh_dynamo: None) -> None:
-    model, x = tiny().double(), torch.randn(4, 3, 33, 30).double()
-    right = step(model, x, fused=True)
-    model.compile(backend="aot_eager", fullgraph=True)
-    check(errors(step_of(model, x.clone().requires_grad_()), right, scales(model, x, right)), EXACT)
-
-
-@pytest.mark.exhaustive
-def test_compile_whole_network(fresh_dynamo: None) -> None:
-    model, x = MobileNetV2(width_mult=0.35, dropout=0.0).double().train(), torch.randn(4, 3, 64, 64).double()
-    right = step(model, x, fused=True)
-    model.compile(backend="aot_eager", fullgraph=True)
-    check(errors(step_of(model, x.clone().requires_grad_()), right, scales(model, x, right)), 1e-6)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(use_reentrant: bool) -> None:
-    """The gradients of a run without; the statistics move twice, as they do without us.
-
-    But for the last of them: without reentrance a recomputation ends with the last tensor that backward needs, which is
-    before a fused head counts its batch again.
-    """
-    model, x = tiny().double(), torch.randn(4, 3, 33, 30).double().requires_grad_()
-    right = step(model, x, fused=True)
-    results = []
-    for fused in (True, False):
-        one = copy.deepcopy(model)
-        one.fused = fused
-        run = one.forward_features
-
-        def twice(x: Tensor, one: MobileNetV2 = one, run: Callable[[Tensor], Tensor] = run) -> Tensor:
-            return one.forward_head(checkpoint(run, x, use_reentrant=use_reentrant))
-
-        one.forward = twice
-        results.append(step_of(one, x.detach().clone().requires_grad_()))
-    for name in ("x", *dict(model.named_parameters())):
-        assert torch.equal(results[0][name], right[name]), name
-    if not use_reentrant:
-        last = f"features.{len(model.features) - 1}.1."
-        statistics = [name for name, _ in model.named_buffers() if name.startswith(last)]
-        results = [{name: t for name, t in r.items() if name not in statistics} for r in results]
-    check(errors(*results, scales(model, x.detach(), results[1])), EXACT)
-
-
-def test_same_bits_twice() -> None:
-    torch.set_num_threads(2)
-    model, x = tiny(), torch.randn(4, 3, 65, 60)
-    first = step(model, x, torch.float32, fused=True)
-    for _ in range(3):
-        check_equal(step(model, x, torch.float32, fused=True), first)
-
-
-def test_threads_agree(float32_kernel: mnv2_fused.ops.Kernel) -> None:
-    for case in (replace(USUAL, batch=3), SMALL[3]):
-        block, x = prepared(case)
-        torch.set_num_threads(1)
-        one = step(block, x, torch.float32, fused=True)
-        scale = scales(block, x, step(block, x, fused=False))
-        torch.set_num_threads(2)
-        found = errors(step(block, x, torch.float32, fused=True), one, scale)
-        check(found, 4 * EPS * condition(block, x), case)
-
-
-def train(model: MobileNetV2, steps: int, seed: int = 0) -> Results:
-    """Some steps of SGD; the gradients of the last."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    random = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        x = torch.randn(4, 3, 33, 30, generator=random, dtype=torch.float64)
-        found = step_of(model, x.to(model.classifier[1].weight.dtype))
-        optimizer.step()
-    return found | {name: p.detach().clone() for name, p in model.state_dict().items()}
-
-
-def test_two_models_in_two_threads() -> None:
-    def work(seed: int) -> Results:
-        torch.set_num_threads(1)
-        return train(tiny_models[seed], 6, seed)
-
-    tiny_models = [tiny(0), tiny(1)]
-    right = [train(copy.deepcopy(model), 6, seed) for seed, model in enumerate(tiny_models)]
-    barrier = threading.Barrier(2)
-
-    def together(seed: int) -> Results:
-        barrier.wait()
-        return work(seed)
-
-    with ThreadPoolExecutor(2) as pool:
-        for found, expected in zip(pool.map(together, range(2)), right, strict=True):
-            check_equal(found, expected)
-
-
-def reloaded(model: MobileNetV2) -> MobileNetV2:
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    other = tiny(seed=7)
-    other.load_state_dict(torch.load(file), strict=True)
-    return other
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "state dict": reloaded}
-
-
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
-def test_copies_after_training(duplicate: Callable[[MobileNetV2], MobileNetV2]) -> None:
-    model = tiny()
-    train(model, 2)
-    other = duplicate(model)
-    x = torch.randn(2, 3, 40, 40)
-    with torch.no_grad():
-        assert torch.equal(copy.deepcopy(model).eval()(x), copy.deepcopy(other).eval()(x))
-    check_equal(train(other, 2), train(model, 2))
-
-
-def test_train_eval_train() -> None:
-    """Each mode sees what the other one did: the packed weights of eval mode follow the training."""
-    model = tiny().double()
-    composition = copy.deepcopy(model)
-    composition.fused = False
-    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)).double()
-    for i in range(3):
-        train(model.train(), 2, seed=i), train(composition.train(), 2, seed=i)
-        results = []
-        for one in (model.eval(), composition.eval()):
-            with torch.no_grad():
-                results.append(one(x))
-            results.append(one(x).detach())
-            one.zero_grad()
-            one(x).square().sum().backward()
-            results.append(one.features[2].conv[0][0].weight.grad.clone())
-        assert model.why_not_fused(x) != "" and results[0].isfinite().all()
-        for found, right in zip(results[:3], results[3:], strict=True):
-            assert float((found - right).norm() / right.norm()) < 1e-7, i
-
-
-def test_second_gradients_are_an_error() -> None:
-    """One that says what cannot be done."""
-    block, x = prepared()
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward|twice differentiable"):
-        grad.square().sum().backward()
-
-
-def test_two_backwards() -> None:
-    """With retain_graph the gradients add up; without, PyTorch's error."""
-    block, x = prepared()
-    right = step(block, x, fused=True)
-    y = block(x)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for _ in range(2):
-        y.backward(weights, retain_graph=True)
-    assert torch.allclose(block.conv[2].weight.grad, 2 * right["conv.2.weight"], rtol=1e-12)
-    y.backward(weights)
-    with pytest.raises(RuntimeError, match="second time"):
-        y.backward(weights)
-
-
-def test_a_weight_changed_before_backward_is_an_error() -> None:
-    block, x = prepared()
-    y = block(x)
-    with torch.no_grad():
-        block.conv[0][0].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="inplace"):
-        y.sum().backward()
-
-
-def test_two_forwards_before_backward() -> None:
-    """As for a discriminator: the statistics move between forward and backward, the first's gradients stay right."""
-    gradients = []
-    for fused in (True, False):
-        block, x = prepared()
-        block.fused = fused
-        (block(x).square().sum() + block(2 * x + 1).sum().square()).backward()
-        gradients.append(block.conv[1][0].weight.grad)
-    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < EXACT
-
-
-@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
-def test_no_images(evaluated: bool) -> None:
-    """As the composition does it: result and gradients, or the same error."""
-    outcomes = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        block = InvertedResidual(8, 8, 1, 6).train(not evaluated)
-        block.fused = fused
-        try:
-            outcomes.append(results_of(block, torch.zeros(0, 8, 6, 5, requires_grad=True)))
-        except Exception as error:
-            outcomes.append((type(error), str(error)))
-    if isinstance(outcomes[1], tuple):
-        assert outcomes[0] == outcomes[1]
-    else:
-        assert isinstance(outcomes[0], dict), outcomes[0]
-        assert outcomes[0].keys() == outcomes[1].keys()
-        for name, right in outcomes[1].items():
-            assert torch.allclose(outcomes[0][name], right, equal_nan=True), name

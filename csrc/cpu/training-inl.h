@@ -414,7 +414,7 @@ struct Training : Forward<Isa> {
     Sum(const Accumulator& a, int panel) : to(nullptr), exact(nullptr), size(a.rows * kPanel), pending(a.pending) {
       if (!a.rounded) return;
       to = static_cast<T*>(a.rounded) + panel * size;
-      exact = a.exact + panel * size;
+      if (a.exact) exact = a.exact + panel * size;
     }
     // After so many pixels more have been added.
     void added(int pixels) {

@@ -100,6 +100,7 @@ struct Runner {
   const BlockPass& pass;
   const int64_t panel = kernel.tiles.panel, panels = ceil_div(t.step.hidden_channels, panel), hidden = panels * panel;
   const int workers;
+  bool flushes = false;  // whether a worker has so many pixels that it needs the doubles
   Place expand, depthwise, project;
   int64_t moments_offset = 0, sums_offset = 0, scratch_offset = 0, worker_bytes = 0;
   int64_t expand_offset = 0, bias_offset = 0, expand_back_offset = 0, depthwise_offset = 0, project_back_offset = 0,
@@ -114,11 +115,13 @@ struct Runner {
       *total += round_up(bytes, 64);
       return at;
     };
+    const int64_t pixels = std::max(int64_t(s.height) * s.width, int64_t(s.out_height) * s.out_width);
+    flushes = ceil_div(p.batch, workers) * pixels >= kPixelsPerFlush;
     const auto place = [&](const double* wanted, int64_t rows) {
       Place a;
       if (!wanted) return a;
       a.rows = rows;
-      a.exact = claim(&worker_bytes, hidden * rows * 8);
+      if (flushes) a.exact = claim(&worker_bytes, hidden * rows * 8);
       a.rounded = claim(&worker_bytes, hidden * rows * int64_t(sizeof(T)));
       return a;
     };
@@ -188,7 +191,7 @@ struct Runner {
     a.batch = through_statistics();
     const auto accumulator = [&](const Place& at) {
       if (!at.rows) return Accumulator{nullptr, nullptr, 0, 0};
-      return Accumulator{own<T>(worker, at.rounded), own<double>(worker, at.exact), at.rows, 0};
+      return Accumulator{own<T>(worker, at.rounded), flushes ? own<double>(worker, at.exact) : nullptr, at.rows, 0};
     };
     a.expand_gradient = accumulator(expand);
     a.depthwise_gradient = accumulator(depthwise);
@@ -221,9 +224,11 @@ struct Runner {
           double* row = to + i * channels + c;
           for (int w = 0; w < workers; ++w) {
             const int64_t at = (c / panel * from.rows + i) * panel;
-            const double* found = own<double>(w, from.exact) + at;
-            const T* rest = own<T>(w, from.rounded) + at;
-            for (int64_t j = 0; j < width; ++j) row[j] = (w ? row[j] : 0) + (found[j] + double(rest[j]));
+            const T* rounded = own<T>(w, from.rounded) + at;
+            const double* exact = own<double>(w, from.exact) + at;
+            for (int64_t j = 0; j < width; ++j) {
+              row[j] = (w ? row[j] : 0) + ((flushes ? exact[j] : 0) + double(rounded[j]));
+            }
           }
         }
       }
