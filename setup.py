@@ -26,6 +26,8 @@ TORCH_FOR_BUILD = "torch==2.13.0"  # fetched where there is none; an open range 
 CXX_FLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra"
 LINK_FLAGS = "-shared -Wl,-O1 -Wl,--as-needed"
 
+TORCH_SOURCES = ("csrc/ops.cpp", "csrc/training_passes.cpp", "csrc/training_ops.cpp")  # that include torch's headers
+
 # A source that is not listed runs on every x86-64; the kernel table decides at run time which of the others are called.
 ISA_FLAGS = {
     "csrc/cpu/avx2.cpp": "-mavx2 -mfma",
@@ -119,10 +121,11 @@ class NinjaBuild(build_ext):
         report["FLAGS"] = "; ".join([common, *(f"{Path(source).name} {f}" for source, f in ISA_FLAGS.items())])
 
         flags = dict.fromkeys(ext.sources, "") | ISA_FLAGS
-        flags["csrc/ops.cpp"] = shlex.join(
-            # C++20 in this one file: the headers of torch >= 2.14 may ask for it.
-            ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
-        )
+        for source in TORCH_SOURCES:
+            # C++20 in these alone: the headers of torch >= 2.14 may ask for it.
+            flags[source] = shlex.join(
+                ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
+            )
         flags["csrc/bindings.cpp"] = shlex.join(
             ["-isystem", pybind11.get_include(), "-isystem", python_include]
             + [f'-DMNV2_FUSED_{name}="{value}"' for name, value in report.items()]

@@ -160,13 +160,21 @@ struct Kernel {
   void (*moments)(const void* x, int64_t pixels, int channels, double count, double* mean, double* products,
                   double* scratch);
 
+  // Products with a panel: of a symmetric matrix [channels][rows] and w [channels][panel], [rows][panel], where rows
+  // are the channels rounded up to panels; and of w [rows][channels] weighted by q [rows] with columns [first, first +
+  // panel) of itself, [channels][panel], which takes [rows][panel] of scratch.
+  void (*covariance_times)(const double* matrix, const double* w, int channels, double* to);
+  void (*gram)(const void* w, const void* q, int rows, int channels, int first, void* to, void* scratch);
+
   // Over the pixels of narrow tensors [pixels][channels]. Moments from nothing; sums [2][channels] of a and of
   // a (b - center); y = coefficients[0] a + coefficients[1] b + coefficients[2], b may be null; y += x . w + bias
-  // (+ residual), w packed as a 1x1 convolution.
+  // (+ residual), w packed as a 1x1 convolution. With a gate, a is 0 where gate[0] b + gate[1] lies outside 0 to 6;
+  // relu6 is for an affine map of a alone.
   void (*channel_moments)(const void* x, int64_t pixels, int channels, double* mean, double* square);
-  void (*channel_products)(const void* a, const void* b, const void* center, int64_t pixels, int channels,
-                           double* sums);
-  void (*affine)(const void* a, const void* b, const void* coefficients, void* y, int64_t pixels, int channels);
+  void (*channel_products)(const void* a, const void* b, const void* center, const void* gate, int64_t pixels,
+                           int channels, double* sums);
+  void (*affine)(const void* a, const void* b, const void* coefficients, const void* gate, bool relu6, void* y,
+                 int64_t pixels, int channels);
   void (*matrix_add)(const void* x, const void* w, const void* bias, const void* residual, void* y, int64_t pixels,
                      int channels);
 

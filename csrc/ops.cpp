@@ -1,60 +1,12 @@
-// The torch-facing side, and the only one: schemas, checks, allocation, torch's threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+// The ops of inference on the CPU: schemas, plans and their checks.
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <optional>
-#include <sstream>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include "cpu/network.h"
+#include "tensors.h"
 
 namespace mnv2_fused {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "]";
-  return out.str();
-}
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
-                  " must be float32 or float64; these kernels compute in no other dtype");
-  return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
-}
-
-void check_shape(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
-  bool fits = t.dim() == int64_t(expected.size());
-  for (size_t i = 0; fits && i < expected.size(); ++i) fits = t.size(i) == expected[i];
-  if (!fits) {
-    std::ostringstream shape;
-    for (size_t i = 0; i < expected.size(); ++i) shape << (i ? ", " : "") << expected[i];
-    STD_TORCH_CHECK(false, name, " must have shape [", shape.str(), "], got ", shape_of(t));
-  }
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the device of x");
-}
-
-// A dense copy where the tensor is not dense, in the order in which its weights are packed.
-Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
-  check_shape(t, name, x, expected);
-  return torch::stable::contiguous(t);
-}
 
 struct Plan {
   const Kernel* kernel;
@@ -114,10 +66,6 @@ Plan parse(const std::vector<int64_t>& plan) {
   return parsed;
 }
 
-Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryFormat format) {
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-}
-
 // A plan and its schedule for one image size. The last few are kept: to make them anew takes 20 us a call.
 struct Prepared {
   std::vector<int64_t> integers;
@@ -150,10 +98,6 @@ std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, co
   recent.push_front(made);
   if (recent.size() > kKept) recent.pop_back();
   return made;
-}
-
-void on_torch_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed) {
@@ -258,197 +202,18 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
   return execute(*prepared, x, packed.data_ptr());
 }
 
-// --------------------------------------------------------------------------------------------------- training
-
-Tensor doubles(const std::vector<int64_t>& shape, const Tensor& like) {
-  return torch::stable::empty(shape, ScalarType::Double, std::nullopt, like.device(), std::nullopt, std::nullopt);
-}
-
-double* data_of(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
-
-// An expanding or plain block whose output is not asked about; checked as every plan is.
-struct TrainingBlock {
-  const Kernel* kernel;
-  Layer layer;
-  Tensor x;
-  int64_t out_height, out_width;
-
-  TrainingBlock(const Tensor& input, bool expand, int64_t hidden, int64_t out, int64_t stride, int64_t dilation,
-                const std::vector<int64_t>& padding)
-      : kernel(&select_kernel(dtype_of(input, "x"))) {
-    STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(),
-                    " integers");
-    STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu(), "x must be [N, C, H, W] on the CPU, got ", shape_of(input));
-    int64_t index = 0;
-    while (kernels()[index] != kernel) ++index;
-    layer = prepare({index, Layer::kBlock, input.size(1), hidden, out, stride, dilation, padding[0], padding[1],
-                     padding[2], padding[3], expand, 0, 0},
-                    input)
-                ->plan.layers[0];
-    x = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-    out_height = out_extent(x.size(2), padding[2] + padding[3], stride, dilation);
-    out_width = out_extent(x.size(3), padding[0] + padding[1], stride, dilation);
-  }
-
-  BlockPass pass() const {
-    BlockPass p{};
-    p.x = x.data_ptr();
-    p.batch = x.size(0);
-    return p;
-  }
-  // Into `results`, to which the pass points.
-  void run(const BlockPass& pass, std::initializer_list<Tensor> results) const {
-    if (pass.batch == 0) {
-      for (Tensor t : results) torch::stable::zero_(t);
-      return;
-    }
-    mnv2_fused::run(*kernel, layer, x.size(2), x.size(3), pass, int(torch::stable::get_num_threads()),
-                    on_torch_threads);
-  }
-};
-
-std::tuple<Tensor, Tensor> moments_of(const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.size(1) > 0, "x must be [N, C, H, W] on the CPU, got ",
-                  shape_of(input));
-  const Kernel& kernel = select_kernel(dtype_of(input, "x"));
-  const Tensor x = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  const int64_t channels = x.size(1);
-  const Tensor mean = doubles({channels}, x), products = doubles({channels, channels}, x);
-  moments(kernel, x.data_ptr(), x.numel() / channels, channels, data_of(mean), data_of(products),
-          int(torch::stable::get_num_threads()), on_torch_threads);
-  return {mean, products};
-}
-
-std::tuple<Tensor, Tensor> filter_moments(const Tensor& x, const std::optional<Tensor>& expand_weight,
-                                          const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight,
-                                          int64_t stride, int64_t dilation, std::vector<int64_t> padding) {
-  const int64_t hidden = depthwise_weight.size(0);
-  const TrainingBlock block(x, expand_weight.has_value(), hidden, 1, stride, dilation, padding);
-  BlockPass pass = block.pass();
-  std::optional<Tensor> weight, bias;
-  if (expand_weight) {
-    weight = weight_of(*expand_weight, "expand_weight", x, {hidden, x.size(1), 1, 1});
-    bias = weight_of(expand_bias.value(), "expand_bias", x, {hidden});
-    pass.expand_weight = weight->data_ptr();
-    pass.expand_bias = bias->data_ptr();
-  }
-  const Tensor depthwise = weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
-  pass.depthwise_weight = depthwise.data_ptr();
-  const Tensor mean = doubles({hidden}, x), square = doubles({hidden}, x);
-  pass.mean = data_of(mean);
-  pass.square = data_of(square);
-  block.run(pass, {mean, square});
-  return {mean, square};
-}
-
-// What of the results is wanted: bits, in their order.
-enum Wanted : int64_t { kDx = 1, kExpandGradient = 2, kDepthwiseGradient = 4, kProjectGradient = 8 };
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
-    const Tensor& dz, const Tensor& x, const std::optional<Tensor>& expand_weight,
-    const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight, const Tensor& project_weight,
-    const Tensor& coefficients, int64_t stride, int64_t dilation, std::vector<int64_t> padding, int64_t wanted) {
-  const int64_t in = x.size(1), hidden = depthwise_weight.size(0), out = project_weight.size(0);
-  const TrainingBlock block(x, expand_weight.has_value(), hidden, out, stride, dilation, padding);
-  check_shape(dz, "dz", x, {x.size(0), out, block.out_height, block.out_width});
-  const Tensor gradient = torch::stable::contiguous(dz, MemoryFormat::ChannelsLast);
-  BlockPass pass = block.pass();
-  pass.dz = gradient.data_ptr();
-  std::optional<Tensor> weight, bias;
-  if (expand_weight) {
-    weight = weight_of(*expand_weight, "expand_weight", x, {hidden, in, 1, 1});
-    bias = weight_of(expand_bias.value(), "expand_bias", x, {hidden});
-    pass.expand_weight = weight->data_ptr();
-    pass.expand_bias = bias->data_ptr();
-  }
-  const Tensor depthwise = weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
-  const Tensor project = weight_of(project_weight, "project_weight", x, {out, hidden, 1, 1});
-  const Tensor dense = weight_of(coefficients, "coefficients", x, {6, hidden});
-  pass.depthwise_weight = depthwise.data_ptr();
-  pass.project_weight = project.data_ptr();
-  pass.coefficients = dense.data_ptr();
-
-  const auto want = [&](int64_t bit, int64_t rows) { return doubles({wanted & bit ? rows : 0, hidden}, x); };
-  const Tensor dx = wanted & kDx ? new_tensor({x.size(0), in, x.size(2), x.size(3)}, x, MemoryFormat::ChannelsLast)
-                                 : new_tensor({0}, x, MemoryFormat::Contiguous);
-  const Tensor expand_gradient = want(expand_weight ? int64_t(kExpandGradient) : 0, in);
-  const Tensor depthwise_gradient = want(kDepthwiseGradient, 9), project_gradient = want(kProjectGradient, out);
-  const Tensor sums = doubles({4, hidden}, x);
-  const auto target = [](const Tensor& t) { return t.numel() ? data_of(t) : nullptr; };
-  pass.dx = wanted & kDx ? dx.data_ptr() : nullptr;
-  pass.expand_gradient = target(expand_gradient);
-  pass.depthwise_gradient = target(depthwise_gradient);
-  pass.project_gradient = target(project_gradient);
-  pass.sums = data_of(sums);
-  block.run(pass, {expand_gradient, depthwise_gradient, project_gradient, sums});
-  return {dx, expand_gradient, depthwise_gradient, project_gradient, sums};
-}
-
-// A narrow tensor as dense rows of pixels.
-struct Rows {
-  Tensor tensor;
-  const Kernel* kernel;
-  int64_t channels, pixels;
-
-  Rows(const Tensor& x, const char* name)
-      : tensor(x), kernel(&select_kernel(dtype_of(x, name))), channels(0), pixels(0) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu() && x.size(1) > 0, name, " must be [N, C, H, W] on the CPU, got ",
-                    shape_of(x));
-    tensor = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-    channels = x.size(1);
-    pixels = x.numel() / channels;
-  }
-  Tensor like(const Tensor& other, const char* name) const {
-    check_shape(other, name, tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)});
-    return torch::stable::contiguous(other, MemoryFormat::ChannelsLast);
-  }
-  const void* data() const { return tensor.data_ptr(); }
-};
-
-int thread_count() { return int(torch::stable::get_num_threads()); }
-
-std::tuple<Tensor, Tensor> channel_moments_of(const Tensor& input) {
-  const Rows x(input, "x");
-  const Tensor mean = doubles({x.channels}, input), square = doubles({x.channels}, input);
-  channel_moments(*x.kernel, x.data(), x.pixels, x.channels, data_of(mean), data_of(square), thread_count(),
-                  on_torch_threads);
-  return {mean, square};
-}
-
-Tensor channel_products_of(const Tensor& input, const Tensor& other, const Tensor& center) {
-  const Rows a(input, "a");
-  const Tensor b = a.like(other, "b"), dense = weight_of(center, "center", input, {a.channels});
-  const Tensor sums = doubles({2, a.channels}, input);
-  channel_products(*a.kernel, a.data(), b.data_ptr(), dense.data_ptr(), a.pixels, a.channels, data_of(sums),
-                   thread_count(), on_torch_threads);
-  return sums;
-}
-
-Tensor affine_of(const Tensor& input, const std::optional<Tensor>& other, const Tensor& coefficients) {
-  const Rows a(input, "a");
-  std::optional<Tensor> b;
-  if (other) b = a.like(*other, "b");
-  const Tensor dense = weight_of(coefficients, "coefficients", input, {3, a.channels});
-  const Tensor y =
-      new_tensor({input.size(0), a.channels, input.size(2), input.size(3)}, input, MemoryFormat::ChannelsLast);
-  affine(*a.kernel, a.data(), b ? b->data_ptr() : nullptr, dense.data_ptr(), y.data_ptr(), a.pixels, a.channels,
-         thread_count(), on_torch_threads);
-  return y;
-}
-
-void matrix_add_to(Tensor y, const Tensor& input, const Tensor& matrix, const Tensor& bias,
-                   const std::optional<Tensor>& residual) {
-  const Rows x(input, "x");
-  STD_TORCH_CHECK(x.like(y, "y").data_ptr() == y.data_ptr(), "y must be dense in channels_last");
-  std::optional<Tensor> r;
-  if (residual) r = x.like(*residual, "residual");
-  const Tensor dense = weight_of(matrix, "matrix", input, {x.channels, x.channels});
-  const Tensor constant = weight_of(bias, "bias", input, {x.channels});
-  matrix_add(*x.kernel, x.data(), dense.data_ptr(), constant.data_ptr(), r ? r->data_ptr() : nullptr, y.data_ptr(),
-             x.pixels, x.channels, thread_count(), on_torch_threads);
-}
-
 }  // namespace
+
+Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hidden, int64_t out, int64_t stride,
+                  int64_t dilation, const std::vector<int64_t>& padding) {
+  int64_t index = 0;
+  while (kernels()[index] != &kernel) ++index;
+  return prepare({index, Layer::kBlock, x.size(1), hidden, out, stride, dilation, padding[0], padding[1], padding[2],
+                  padding[3], expand, 0, 0},
+                 x)
+      ->plan.layers[0];
+}
+
 }  // namespace mnv2_fused
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
@@ -458,29 +223,10 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "bool residual, bool project_relu6) -> Tensor");
   m.def("pack(Tensor weights, int[] plan) -> Tensor");
   m.def("network(Tensor x, Tensor packed, int[] plan) -> Tensor");
-  m.def("moments(Tensor x) -> (Tensor, Tensor)");
-  m.def("channel_moments(Tensor x) -> (Tensor, Tensor)");
-  m.def("channel_products(Tensor a, Tensor b, Tensor center) -> Tensor");
-  m.def("affine(Tensor a, Tensor? b, Tensor coefficients) -> Tensor");
-  m.def("matrix_add_(Tensor(a!) y, Tensor x, Tensor matrix, Tensor bias, Tensor? residual) -> ()");
-  m.def(
-      "filter_moments(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, int stride, "
-      "int dilation, int[] padding) -> (Tensor, Tensor)");
-  m.def(
-      "block_gradients(Tensor dz, Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
-      "Tensor project_weight, Tensor coefficients, int stride, int dilation, int[] padding, int wanted) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("inverted_residual", TORCH_BOX(&mnv2_fused::inverted_residual));
   m.impl("pack", TORCH_BOX(&mnv2_fused::pack_plan));
   m.impl("network", TORCH_BOX(&mnv2_fused::network));
-  m.impl("moments", TORCH_BOX(&mnv2_fused::moments_of));
-  m.impl("filter_moments", TORCH_BOX(&mnv2_fused::filter_moments));
-  m.impl("channel_moments", TORCH_BOX(&mnv2_fused::channel_moments_of));
-  m.impl("channel_products", TORCH_BOX(&mnv2_fused::channel_products_of));
-  m.impl("affine", TORCH_BOX(&mnv2_fused::affine_of));
-  m.impl("matrix_add_", TORCH_BOX(&mnv2_fused::matrix_add_to));
-  m.impl("block_gradients", TORCH_BOX(&mnv2_fused::block_gradients));
 }

@@ -38,9 +38,10 @@ class Stage(NamedTuple):
     weights: tuple[tuple[nn.Module, nn.BatchNorm2d | None], ...]
 
 
-def expect(condition: bool, reason: str) -> None:
+def expect(condition: bool, reason: str, *about: object) -> None:
+    """Unfusable with the reason, formatted with what it is about only then: a module's repr takes 10 us."""
     if not condition:
-        raise Unfusable(reason)
+        raise Unfusable(reason.format(*about) if about else reason)
 
 
 def _children(module: nn.Module, *types: type) -> list[nn.Module]:
@@ -56,15 +57,15 @@ def _conv(module: nn.Module, kernel_size: int, *, depthwise: bool = False) -> nn
     groups = module.in_channels if depthwise else 1
     fits = module.kernel_size == (kernel_size,) * 2 and module.groups == groups and module.padding_mode == "zeros"
     fits = fits and (not depthwise or module.out_channels == module.in_channels)
-    expect(fits and not isinstance(module.padding, str), f"a convolution of another kind: {module}")
+    expect(fits and not isinstance(module.padding, str), "a convolution of another kind: {}", module)
     if kernel_size == 1:
-        expect(module.stride == (1, 1) and module.padding == (0, 0), f"a 1x1 convolution of another kind: {module}")
+        expect(module.stride == (1, 1) and module.padding == (0, 0), "a 1x1 convolution of another kind: {}", module)
     return module
 
 
 def _geometry(conv: nn.Conv2d) -> dict[str, int]:
     (stride, stride_x), (dilation, dilation_x) = conv.stride, conv.dilation
-    expect(stride == stride_x and stride in (1, 2) and dilation == dilation_x, f"stride or dilation of {conv}")
+    expect(stride == stride_x and stride in (1, 2) and dilation == dilation_x, "stride or dilation of {}", conv)
     y, x = conv.padding
     return dict(stride=stride, dilation=dilation, pad_left=x, pad_right=x, pad_top=y, pad_bottom=y)
 
@@ -75,14 +76,14 @@ def conv_bn_relu6(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
 
 
 def _pair(conv: nn.Module, bn: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    expect(bn.num_features == conv.out_channels, f"a BatchNorm of another width than its convolution: {bn}")
+    expect(bn.num_features == conv.out_channels, "a BatchNorm of another width than its convolution: {}", bn)
     return conv, bn
 
 
 def stem(module: nn.Module) -> Stage:
     conv, bn = conv_bn_relu6(module)
     _conv(conv, 3)
-    expect(conv.dilation == (1, 1), f"a dilated stem: {conv}")
+    expect(conv.dilation == (1, 1), "a dilated stem: {}", conv)
     return Stage(Layer(ops.CONV3X3, conv.in_channels, 0, conv.out_channels, **_geometry(conv)), ((conv, bn),))
 
 
@@ -121,7 +122,7 @@ def classifier(module: nn.Module) -> Stage:
     """Dropout and a linear layer, in any number of Sequentials, or the linear layer alone."""
     leaves = [m for m in module.modules() if type(m) is not nn.Sequential]
     kinds = [type(m) for m in leaves if type(m) not in (nn.Dropout, nn.Identity)]
-    expect(kinds == [nn.Linear] and type(leaves[-1]) is nn.Linear, f"a classifier of another kind: {module}")
+    expect(kinds == [nn.Linear] and type(leaves[-1]) is nn.Linear, "a classifier of another kind: {}", module)
     module = leaves[-1]
     return Stage(Layer(ops.LINEAR, module.in_features, 0, module.out_features), ((module, None),))
 

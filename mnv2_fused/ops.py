@@ -240,12 +240,24 @@ def _(x):
 
 
 @torch.library.register_fake("mnv2_fused::channel_products")
-def _(a, b, center):
+def _(a, b, center, gate):
     return _doubles(a, 2, a.shape[1])
 
 
+@torch.library.register_fake("mnv2_fused::batch_norm_relu6")
+def _(e, scale, shift, mean, var, eps, group):
+    statistics = [_doubles(e, e.shape[1] if mean is None else 0) for _ in range(2)]
+    return torch.empty_like(e, memory_format=torch.channels_last), _doubles(e, 1), *statistics
+
+
+@torch.library.register_fake("mnv2_fused::batch_norm_relu6_backward")
+def _(dy, e, *_):
+    channels = [e.new_empty(e.shape[1]) for _ in range(3)]
+    return torch.empty_like(e, memory_format=torch.channels_last), *channels
+
+
 @torch.library.register_fake("mnv2_fused::affine")
-def _(a, b, coefficients):
+def _(a, b, coefficients, gate, relu6):
     return torch.empty_strided(a.shape, _channels_last_strides(a.shape), dtype=a.dtype, device=a.device)
 
 

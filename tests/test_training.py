@@ -171,7 +171,7 @@ def test_sums_over_many_pixels(
             "filter_moments": op("filter_moments", x, we, be, wd, *geometry),
             "moments": op("moments", x),
             "channel_moments": op("channel_moments", x),
-            "channel_products": op("channel_products", dz, dz, center).unbind(),
+            "channel_products": op("channel_products", dz, dz, center, None).unbind(),
         }
         return {f"{name} {i}": t for name, tensors in results.items() for i, t in enumerate(tensors)}
 
@@ -190,7 +190,7 @@ def test_sums_over_no_images(kernel: mnv2_fused.ops.Kernel, poisoned_memory: Non
         "filter_moments": torch.ops.mnv2_fused.filter_moments(none, we, be, wd, *geometry),
         "moments": torch.ops.mnv2_fused.moments(none),
         "channel_moments": torch.ops.mnv2_fused.channel_moments(none),
-        "channel_products": (torch.ops.mnv2_fused.channel_products(none, none, torch.zeros(3, dtype=x.dtype)),),
+        "channel_products": (torch.ops.mnv2_fused.channel_products(none, none, torch.zeros(3, dtype=x.dtype), None),),
     }
     for name, tensors in results.items():
         assert all((t == 0).all() for t in tensors), name
@@ -301,9 +301,12 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             found["block_gradients"].append((dz, x, we, be, wd, wp, table, *geometry, wanted))
         found["moments"].append((x,))
         found["channel_moments"].append((z,))
-        found["channel_products"].append((dz, z, torch.randn(out, dtype=dtype)))
+        coefficients, gate = torch.randn(3, out, dtype=dtype), torch.randn(2, out, dtype=dtype)
+        for bounds in (None, gate):
+            found["channel_products"].append((dz, z, torch.randn(out, dtype=dtype), bounds))
+        for other, bounds, relu6 in ((None, None, False), (None, None, True), (z, None, False), (z, gate, False)):
+            found["affine"].append((dz, other, coefficients, bounds, relu6))
         for other in (None, z):
-            found["affine"].append((dz, other, torch.randn(3, out, dtype=dtype)))
             y, residual = x.clone(), None if other is None else torch.randn_like(x)
             matrix, bias = torch.randn(channels, channels, dtype=dtype), torch.randn(channels, dtype=dtype)
             found["matrix_add_"].append((y, x, matrix, bias, residual))
@@ -316,10 +319,17 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         found["block_train"] += [arguments, wanting]
         y, *saved = torch.ops.mnv2_fused.block_train(*arguments)
         asked = [arguments[i] is not None for i in GRADIENTS]
-        for wanted in (asked, [a and i % 3 == 0 for i, a in enumerate(asked)]):
+        for some in (asked, [a and i % 3 == 0 for i, a in enumerate(asked)]):
+            wanted = sum(a << i for i, a in enumerate(some))
             found["block_train_backward"].append((torch.randn_like(y), *saved, wanted, *arguments))
+    found["all_reduce"].append((torch.randn(3, dtype=dtype), ""))
     norm = [torch.rand(8, dtype=dtype) + 0.5 for _ in range(4)]
     for statistics, bias in ((norm[2:], None), ((None, None), norm[1])):
+        e = torch.randn(2, 8, 5, 4, dtype=dtype)
+        arguments = *norm[:2], *statistics, 1e-5, ""
+        found["batch_norm_relu6"].append((e, *arguments))
+        _, *saved = torch.ops.mnv2_fused.batch_norm_relu6(e, *arguments)
+        found["batch_norm_relu6_backward"].append((torch.randn_like(e), e, *saved, *arguments))
         weight = torch.randn(8, 3, 3, 3, dtype=dtype)
         arguments = (
             torch.randn(2, 3, 9, 8, dtype=dtype),
@@ -346,7 +356,8 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
 GRADIENTS = [0] + [1 + 7 * stage + field for stage in range(3) for field in range(4)]  # arguments that have one
 OPS = (
     "inverted_residual pack network moments filter_moments block_gradients channel_moments channel_products affine "
-    "matrix_add_ block_train block_train_backward conv_bn_relu6 conv_bn_relu6_backward"
+    "matrix_add_ all_reduce block_train block_train_backward batch_norm_relu6 batch_norm_relu6_backward "
+    "conv_bn_relu6 conv_bn_relu6_backward"
 ).split()
 
 
@@ -480,6 +491,14 @@ def test_any_parameters_frozen(kind: str, seed: int) -> None:
             check(errors({"x": truth["x"], **found}, truth, scale), EXACT, (case, sorted(wanted), of_x))
 
 
+def block_gradients(block: InvertedResidual, x: Tensor) -> list[int]:
+    """What each pass of a step's backward was asked for."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        step_of(block, x)
+    calls = [event for event in profile.events() if event.name == "mnv2_fused::block_gradients"]
+    return [event.concrete_inputs[-1] for event in calls]
+
+
 @pytest.mark.parametrize(
     ("wanted", "passes"),
     [
@@ -499,9 +518,7 @@ def test_only_what_is_asked_for_is_computed(wanted: str, passes: list[int]) -> N
     block, x = prepared()
     for name, p in block.named_parameters():
         p.requires_grad_(wanted in (name, "all"))
-    with recorded("block_gradients") as calls:
-        step_of(block, x.requires_grad_(wanted in ("x", "all")))
-    assert [arguments[-1] for arguments in calls] == passes
+    assert block_gradients(block, x.requires_grad_(wanted in ("x", "all"))) == passes
 
 
 @pytest.mark.parametrize(
@@ -512,9 +529,7 @@ def test_frozen_norms_take_one_pass(wanted: str, passes: list[int]) -> None:
     block.eval()
     for name, p in block.named_parameters():
         p.requires_grad_(wanted == name)
-    with recorded("block_gradients") as calls:
-        step_of(block, x.requires_grad_(wanted == "x"))
-    assert [arguments[-1] for arguments in calls] == passes
+    assert block_gradients(block, x.requires_grad_(wanted == "x")) == passes
 
 
 def test_all_parameters_frozen() -> None:

@@ -707,7 +707,18 @@ struct Forward {
   }
 
   static constexpr Kernel kernel(const char* name, Dtype dtype, const char* const* features) {
-    return {name,   dtype,   features, kTiles,  block,   combine, conv,    pointwise, pool,
-            linear, nullptr, nullptr,  nullptr, nullptr, nullptr, nullptr, fma_loop};
+    Kernel k{};
+    k.name = name;
+    k.dtype = dtype;
+    k.requires_features = features;
+    k.tiles = kTiles;
+    k.block = block;
+    k.combine = combine;
+    k.conv = conv;
+    k.pointwise = pointwise;
+    k.pool = pool;
+    k.linear = linear;
+    k.fma_loop = fma_loop;
+    return k;
   }
 };

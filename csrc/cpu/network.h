@@ -67,8 +67,8 @@ struct Call {
   void* y;
 };
 
-// Asks for 2 MB pages in freshly allocated memory: the 14 MB of weights that every image reads are 3,400 small pages,
-// more than a TLB holds beside the rest.
+// Asks for 2 MB pages in freshly allocated memory. The 14 MB of weights that every image reads are 3,400 small pages,
+// more than a TLB holds beside the rest; and to touch a page for the first time costs a microsecond.
 void advise_huge_pages(void* data, size_t bytes);
 
 // parallel(n, body, context) runs body(begin, end, context) over [0, n) on the caller's thread pool.
@@ -98,13 +98,22 @@ void run(const Kernel& kernel, const Layer& layer, int64_t height, int64_t width
 void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean, double* products,
              int threads, Parallel parallel);
 
+// Of the covariance [channels][channels] of x and the weights [hidden][channels] of an expansion: covariance . weight^T
+// [channels][hidden], and what they make of each hidden channel, diag(weight . covariance . weight^T). Either may be
+// null.
+void covariance_times(const Kernel& kernel, const double* covariance, const void* weight, int64_t channels,
+                      int64_t hidden, double* product, double* variance, int threads, Parallel parallel);
+// weight^T . diag(q) . weight [channels][channels], of a weight [hidden][channels], all in the kernel's dtype.
+void gram(const Kernel& kernel, const void* weight, const void* q, int64_t channels, int64_t hidden, void* result,
+          int threads, Parallel parallel);
+
 // Kernel's functions over narrow tensors, on threads; results are the same at the same number of threads.
 void channel_moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channels, double* mean,
                      double* square, int threads, Parallel parallel);
-void channel_products(const Kernel& kernel, const void* a, const void* b, const void* center, int64_t pixels,
-                      int64_t channels, double* sums, int threads, Parallel parallel);
-void affine(const Kernel& kernel, const void* a, const void* b, const void* coefficients, void* y, int64_t pixels,
-            int64_t channels, int threads, Parallel parallel);
+void channel_products(const Kernel& kernel, const void* a, const void* b, const void* center, const void* gate,
+                      int64_t pixels, int64_t channels, double* sums, int threads, Parallel parallel);
+void affine(const Kernel& kernel, const void* a, const void* b, const void* coefficients, const void* gate, bool relu6,
+            void* y, int64_t pixels, int64_t channels, int threads, Parallel parallel);
 // `matrix` [out channel][in channel] as PyTorch has a 1x1 convolution's weight.
 void matrix_add(const Kernel& kernel, const void* x, const void* matrix, const void* bias, const void* residual,
                 void* y, int64_t pixels, int64_t channels, int threads, Parallel parallel);

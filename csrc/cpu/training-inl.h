@@ -243,11 +243,12 @@ struct Training : Forward<Isa> {
   // Doubles that fill a vector register: products of floats are exact in them.
   typedef double Doubles __attribute__((vector_size(8 * Isa::kDoubles), aligned(8), may_alias));
 
-  // to[m][n] += sum over `count` rows k of a[k][m] b[k][n], both panels.
-  static void products(const double* a, const double* b, int count, double* to, int64_t stride) {
+  // to[m][n] += sum over `count` rows k of a[k][m] b[k][n]; rows of a are `a_stride` apart, b is a panel.
+  static void products(const double* a, int64_t a_stride, const double* b, int count, double* to, int64_t stride,
+                       int rows) {
     constexpr int kM = Isa::kDoublesM, kN = Isa::kDoublesN;
     static_assert(kPanel % kM == 0 && kPanel % (kN * Isa::kDoubles) == 0);
-    for (int m0 = 0; m0 < kPanel; m0 += kM) {
+    for (int m0 = 0; m0 < rows; m0 += kM) {
       for (int n0 = 0; n0 < kPanel; n0 += kN * Isa::kDoubles) {
         Doubles acc[kM][kN];
         const auto at = [&](int m, int n) __attribute__((always_inline)) {
@@ -260,7 +261,7 @@ struct Training : Forward<Isa> {
             w[n] = *reinterpret_cast<const Doubles*>(b + k * kPanel + n0 + n * Isa::kDoubles);
           }
           MNV2_UNROLL for (int m = 0; m < kM; ++m) {
-            MNV2_UNROLL for (int n = 0; n < kN; ++n) acc[m][n] += a[k * kPanel + m0 + m] * w[n];
+            MNV2_UNROLL for (int n = 0; n < kN; ++n) acc[m][n] += a[k * a_stride + m0 + m] * w[n];
           }
         }
         MNV2_UNROLL for (int m = 0; m < kM; ++m) { MNV2_UNROLL for (int n = 0; n < kN; ++n) * at(m, n) = acc[m][n]; }
@@ -315,12 +316,30 @@ struct Training : Forward<Isa> {
                   delta * (center[column] + rest[column] - mean[column]) * weight - rest[row] * rest[column] * now;
             }
           }
-          products(deviations + i * kChunk, deviations + j * kChunk, now, to, size);
+          products(deviations + i * kChunk, kPanel, deviations + j * kChunk, now, to, size, kPanel);
         }
       }
       for (int i = 0; i < size; ++i) mean[i] += (center[i] + rest[i] - mean[i]) * (now / total);
       count = total;
     }
+  }
+
+  // Of a symmetric matrix [channels][size] and a panel of weights [channels][kPanel] the product, [size][kPanel].
+  static void covariance_times(const double* matrix, const double* w, int channels, double* to) {
+    const int size = ceil_div(channels, kPanel) * kPanel;
+    for (int i = 0; i < size * kPanel; ++i) to[i] = 0;
+    products(matrix, size, w, channels, to, kPanel, size);
+  }
+
+  static void gram(const void* w_, const void* q_, int rows, int channels, int first, void* to_, void* scratch_) {
+    const T *w = static_cast<const T*>(w_), *q = static_cast<const T*>(q_);
+    T *to = static_cast<T*>(to_), *weighted = static_cast<T*>(scratch_);
+    const int width = min(kPanel, channels - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int n = 0; n < kPanel; ++n) weighted[r * kPanel + n] = n < width ? q[r] * w[r * channels + first + n] : T(0);
+    }
+    for (int i = 0; i < channels * kPanel; ++i) to[i] = 0;
+    outer(w, channels, channels, weighted, width, rows, to);
   }
 
   // ------------------------------------------------------------------------------------------------ narrow tensors
@@ -341,21 +360,35 @@ struct Training : Forward<Isa> {
     });
   }
 
-  static void channel_products(const void* a_, const void* b_, const void* center_, int64_t pixels, int channels,
-                               double* sums) {
-    const T* center = static_cast<const T*>(center_);
+  // a where relu6 passes a gradient to scale b + shift.
+  struct Gate {
+    V scale, shift;
+
+    Gate(const T* gate, int v, int channels)
+        : scale(load_channels(gate + v, channels - v)), shift(load_channels(gate + channels + v, channels - v)) {}
+    MNV2_INLINE V operator()(V a, V b) const {
+      return Isa::between(Isa::fmadd(scale, b, shift), Isa::broadcast(T(0)), Isa::broadcast(T(6)), a);
+    }
+  };
+
+  static void channel_products(const void* a_, const void* b_, const void* center_, const void* gate_, int64_t pixels,
+                               int channels, double* sums) {
+    const T *center = static_cast<const T*>(center_), *gate = static_cast<const T*>(gate_);
     for_chunks(pixels, channels, [&](int64_t first, int count) {
       const T *a = static_cast<const T*>(a_) + first * channels, *b = static_cast<const T*>(b_) + first * channels;
       for (int v = 0; v < channels; v += kLanes) {
         const int left = channels - v;
         const V c = load_channels(center + v, left);
         V sum = Isa::broadcast(T(0)), product = sum;
-        for (int i = 0; i < count; ++i) {
-          const int64_t at = int64_t(i) * channels + v;
-          const V g = load_channels(a + at, left);
-          sum = Isa::add(sum, g);
-          product = Isa::fmadd(g, Isa::sub(load_channels(b + at, left), c), product);
-        }
+        const auto add = [&](const auto& gated) __attribute__((always_inline)) {
+          for (int i = 0; i < count; ++i) {
+            const int64_t at = int64_t(i) * channels + v;
+            const V value = load_channels(b + at, left), g = gated(load_channels(a + at, left), value);
+            sum = Isa::add(sum, g);
+            product = Isa::fmadd(g, Isa::sub(value, c), product);
+          }
+        };
+        gate ? add(Gate(gate, v, channels)) : add([](V g, V) { return g; });
         T totals[2][kLanes];
         Isa::store(totals[0], sum);
         Isa::store(totals[1], product);
@@ -367,8 +400,9 @@ struct Training : Forward<Isa> {
     });
   }
 
-  static void affine(const void* a_, const void* b_, const void* coefficients, void* y_, int64_t pixels, int channels) {
-    const T* p = static_cast<const T*>(coefficients);
+  static void affine(const void* a_, const void* b_, const void* coefficients, const void* gate_, bool relu6, void* y_,
+                     int64_t pixels, int channels) {
+    const T *p = static_cast<const T*>(coefficients), *gate = static_cast<const T*>(gate_);
     for_chunks(pixels, channels, [&](int64_t first, int count) {
       const T *a = static_cast<const T*>(a_) + first * channels, *b = static_cast<const T*>(b_) + first * channels;
       T* y = static_cast<T*>(y_) + first * channels;
@@ -376,11 +410,28 @@ struct Training : Forward<Isa> {
         const int left = channels - v;
         const V scale_a = load_channels(p + v, left), scale_b = load_channels(p + channels + v, left);
         const V shift = load_channels(p + 2 * channels + v, left);
-        for (int i = 0; i < count; ++i) {
-          const int64_t at = int64_t(i) * channels + v;
-          V sum = Isa::fmadd(scale_a, load_channels(a + at, left), shift);
-          if (b_) sum = Isa::fmadd(scale_b, load_channels(b + at, left), sum);
-          left < kLanes ? Isa::store_n(y + at, sum, left) : Isa::store(y + at, sum);
+        const auto each = [&](const auto& value) __attribute__((always_inline)) {
+          for (int i = 0; i < count; ++i) {
+            const int64_t at = int64_t(i) * channels + v;
+            const V sum = value(load_channels(a + at, left), at);
+            left < kLanes ? Isa::store_n(y + at, sum, left) : Isa::store(y + at, sum);
+          }
+        };
+        const auto add_b = [&](V value, V to) { return Isa::fmadd(scale_b, value, to); };
+        if (gate) {
+          const Gate gated(gate, v, channels);
+          each([&](V value, int64_t at) {
+            const V other = load_channels(b + at, left);
+            return Isa::fmadd(scale_a, gated(value, other), add_b(other, shift));
+          });
+        } else if (b_) {
+          each([&](V value, int64_t at) {
+            return add_b(load_channels(b + at, left), Isa::fmadd(scale_a, value, shift));
+          });
+        } else if (relu6) {
+          each([&](V value, int64_t) { return F::relu6(Isa::fmadd(scale_a, value, shift)); });
+        } else {
+          each([&](V value, int64_t) { return Isa::fmadd(scale_a, value, shift); });
         }
       }
     });
@@ -573,6 +624,8 @@ struct Training : Forward<Isa> {
     Kernel k = F::kernel(name, dtype, features);
     k.train = train;
     k.moments = moments;
+    k.covariance_times = covariance_times;
+    k.gram = gram;
     k.channel_moments = channel_moments;
     k.channel_products = channel_products;
     k.affine = affine;

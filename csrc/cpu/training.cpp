@@ -323,6 +323,70 @@ void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channe
 
 namespace {
 
+// body(panel, worker) for `panels` panels shared out to the workers.
+template <class Body>
+void on_panels(int64_t panels, int threads, Parallel parallel, const Body& body) {
+  const int workers = int(std::min<int64_t>(threads, panels));
+  on_workers(workers, parallel, [&](int w) {
+    for (int64_t p = panels * w / workers; p < panels * (w + 1) / workers; ++p) body(p, w);
+  });
+}
+
+template <class T>
+void covariance_times_typed(const Kernel& kernel, const double* covariance, const T* weight, int64_t channels,
+                            int64_t hidden, double* product, double* variance, int threads, Parallel parallel) {
+  const int64_t panel = kernel.tiles.panel, rows = round_up(channels, panel);
+  const int64_t own = (channels + rows) * panel, padded = channels * rows;
+  const Arena arena((padded + threads * own) * 8);
+  double* matrix = reinterpret_cast<double*>(arena.data());
+  for (int64_t i = 0; i < channels; ++i) {
+    std::copy_n(covariance + i * channels, channels, matrix + i * rows);
+    std::fill_n(matrix + i * rows + channels, rows - channels, 0.0);
+  }
+  on_panels(ceil_div(hidden, panel), threads, parallel, [&](int64_t p, int worker) {
+    double *w = matrix + padded + worker * own, *to = w + channels * panel;
+    const int64_t first = p * panel, width = std::min(panel, hidden - first);
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t c = 0; c < panel; ++c) w[i * panel + c] = c < width ? double(weight[(first + c) * channels + i]) : 0;
+    }
+    kernel.covariance_times(matrix, w, int(channels), to);
+    for (int64_t i = 0; product && i < channels; ++i) std::copy_n(to + i * panel, width, product + i * hidden + first);
+    if (!variance) return;
+    std::fill_n(variance + first, width, 0.0);
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t c = 0; c < width; ++c) variance[first + c] += w[i * panel + c] * to[i * panel + c];
+    }
+  });
+}
+
+}  // namespace
+
+void covariance_times(const Kernel& kernel, const double* covariance, const void* weight, int64_t channels,
+                      int64_t hidden, double* product, double* variance, int threads, Parallel parallel) {
+  const auto typed = [&](const auto* w) {
+    covariance_times_typed(kernel, covariance, w, channels, hidden, product, variance, threads, parallel);
+  };
+  kernel.dtype == Dtype::kFloat32 ? typed(static_cast<const float*>(weight))
+                                  : typed(static_cast<const double*>(weight));
+}
+
+void gram(const Kernel& kernel, const void* weight, const void* q, int64_t channels, int64_t hidden, void* result,
+          int threads, Parallel parallel) {
+  const int64_t panel = kernel.tiles.panel, element = element_size(kernel), own = (channels + hidden) * panel * element;
+  const Arena arena(threads * own);
+  on_panels(ceil_div(channels, panel), threads, parallel, [&](int64_t p, int worker) {
+    char *to = arena.data() + worker * own, *scratch = to + channels * panel * element;
+    const int64_t first = p * panel, width = std::min(panel, channels - first);
+    kernel.gram(weight, q, int(hidden), int(channels), int(first), to, scratch);
+    for (int64_t i = 0; i < channels; ++i) {
+      std::memcpy(static_cast<char*>(result) + (i * channels + first) * element, to + i * panel * element,
+                  width * element);
+    }
+  });
+}
+
+namespace {
+
 // body(first, count, worker) for each worker's share of the pixels; few pixels are not worth a thread.
 template <class Body>
 int on_pixels(int64_t pixels, int threads, Parallel parallel, const Body& body) {
@@ -356,12 +420,12 @@ void channel_moments(const Kernel& kernel, const void* x, int64_t pixels, int64_
   }
 }
 
-void channel_products(const Kernel& kernel, const void* a, const void* b, const void* center, int64_t pixels,
-                      int64_t channels, double* sums, int threads, Parallel parallel) {
+void channel_products(const Kernel& kernel, const void* a, const void* b, const void* center, const void* gate,
+                      int64_t pixels, int64_t channels, double* sums, int threads, Parallel parallel) {
   std::vector<double> found(size_t(threads) * 2 * channels);
   const int workers = on_pixels(pixels, threads, parallel, [&](int64_t first, int64_t count, int w) {
     const int64_t at = first * channels * element_size(kernel);
-    kernel.channel_products(static_cast<const char*>(a) + at, static_cast<const char*>(b) + at, center, count,
+    kernel.channel_products(static_cast<const char*>(a) + at, static_cast<const char*>(b) + at, center, gate, count,
                             int(channels), &found[size_t(w) * 2 * channels]);
   });
   for (int64_t i = 0; i < 2 * channels; ++i) {
@@ -370,12 +434,12 @@ void channel_products(const Kernel& kernel, const void* a, const void* b, const 
   }
 }
 
-void affine(const Kernel& kernel, const void* a, const void* b, const void* coefficients, void* y, int64_t pixels,
-            int64_t channels, int threads, Parallel parallel) {
+void affine(const Kernel& kernel, const void* a, const void* b, const void* coefficients, const void* gate, bool relu6,
+            void* y, int64_t pixels, int64_t channels, int threads, Parallel parallel) {
   on_pixels(pixels, threads, parallel, [&](int64_t first, int64_t count, int) {
     const int64_t at = first * channels * element_size(kernel);
-    kernel.affine(static_cast<const char*>(a) + at, b ? static_cast<const char*>(b) + at : nullptr, coefficients,
-                  static_cast<char*>(y) + at, count, int(channels));
+    kernel.affine(static_cast<const char*>(a) + at, b ? static_cast<const char*>(b) + at : nullptr, coefficients, gate,
+                  relu6, static_cast<char*>(y) + at, count, int(channels));
   });
 }
 

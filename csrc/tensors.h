@@ -1,0 +1,83 @@
+// What the torch-facing files share: checks, allocation, torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/network.h"
+
+namespace mnv2_fused {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
+                  " must be float32 or float64; these kernels compute in no other dtype");
+  return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
+}
+
+inline void check_shape(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
+  bool fits = t.dim() == int64_t(expected.size());
+  for (size_t i = 0; fits && i < expected.size(); ++i) fits = t.size(i) == expected[i];
+  if (!fits) {
+    std::ostringstream shape;
+    for (size_t i = 0; i < expected.size(); ++i) shape << (i ? ", " : "") << expected[i];
+    STD_TORCH_CHECK(false, name, " must have shape [", shape.str(), "], got ", shape_of(t));
+  }
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the device of x");
+}
+
+// A dense copy where the tensor is not dense, in the order in which its weights are packed.
+inline Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
+  check_shape(t, name, x, expected);
+  return torch::stable::contiguous(t);
+}
+
+inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryFormat format) {
+  const Tensor t = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+  // Large tensors come as untouched memory: a step of training at batch 32 spent a tenth of its time on faults of
+  // small pages.
+  advise_huge_pages(t.data_ptr(), size_t(t.numel() * t.element_size()));
+  return t;
+}
+
+inline Tensor doubles(const std::vector<int64_t>& shape, const Tensor& like) {
+  return torch::stable::empty(shape, ScalarType::Double, std::nullopt, like.device(), std::nullopt, std::nullopt);
+}
+
+inline double* data_of(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
+
+inline void on_torch_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+inline int thread_count() { return int(torch::stable::get_num_threads()); }
+
+// The layer of one block for this input, checked as every plan is (ops.cpp).
+Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hidden, int64_t out, int64_t stride,
+                  int64_t dilation, const std::vector<int64_t>& padding);
+
+// What of the results of block_gradients is wanted: bits, in their order.
+enum Wanted : int64_t { kDx = 1, kExpandGradient = 2, kDepthwiseGradient = 4, kProjectGradient = 8 };
+
+}  // namespace mnv2_fused
