@@ -210,6 +210,9 @@ def bench(
     train: Annotated[
         bool, typer.Option("--train", help="A step of training instead: its time, and the memory that it adds.")
     ] = False,
+    runner: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", show_default="all", help="Only this one; may be repeated.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time to measure; start-up and verification come on top.")] = 20,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the times: .png, .svg or .pdf.")] = None,
@@ -233,6 +236,7 @@ def bench(
             resolution=resolution,
             kernel=kernel,
             peers=peers,
+            runners=tuple(runner) if runner else None,
             seconds=seconds,
             train=train,
         )

@@ -255,8 +255,9 @@ def measured(monkeypatch):
 
 def test_bench_passes_its_options_on(measured):
     args = "--batch 2 --threads 1 --width 0.5 --resolution 64 --kernel scalar_f32 --seconds 3 --peers".split()
+    args += ["--runner", "fused", "--runner", "eager"]
     report = json.loads(run("bench", *args, "--json").stdout)
-    options = benchmark.Options(2, 1, 0.5, 64, "scalar_f32", True, seconds=3.0)
+    options = benchmark.Options(2, 1, 0.5, 64, "scalar_f32", True, ("fused", "eager"), seconds=3.0)
     assert measured.options == options
     assert [row["name"] for row in report["rows"]] == ["fused", "eager"] and report["rows"][0]["ms"] == 2.5
 
@@ -279,6 +280,7 @@ def test_bench_with_a_failed_runner(measured):
     [
         (["--kernel", "avx9000_f32"], "avx9000_f32"),
         (["--kernel", "scalar_f64"], "scalar_f64"),
+        (["--runner", "lazy"], "lazy"),
         (["--plot", "nowhere/a.png"], "a folder that exists"),
         (["--plot", "a.xyz"], "a.xyz"),
     ],
