@@ -26,7 +26,12 @@ TORCH_FOR_BUILD = "torch==2.13.0"  # fetched where there is none; an open range 
 CXX_FLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra"
 LINK_FLAGS = "-shared -Wl,-O1 -Wl,--as-needed"
 
-TORCH_SOURCES = ("csrc/ops.cpp", "csrc/training_passes.cpp", "csrc/training_ops.cpp")  # that include torch's headers
+# Those that include torch's headers.
+TORCH_SOURCES = ("csrc/ops.cpp", "csrc/training_passes.cpp", "csrc/training_ops.cpp", "csrc/cuda/ops.cpp")
+
+# CUDA: machine code for these, and PTX of the last one for what comes after; MNV2_FUSED_CUDA_ARCHS="80;86" instead.
+CUDA_ARCHS = "80;90"
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 # A source that is not listed runs on every x86-64; the kernel table decides at run time which of the others are called.
 ISA_FLAGS = {
@@ -74,9 +79,41 @@ def find_compiler(flags: str) -> tuple[str, str]:
     return cxx, version.splitlines()[0]
 
 
-def ninja_file(build: Path, cxx: str, common: str, link: str, flags: dict[str, str]) -> str:
+def find_cuda() -> tuple[Path | None, str]:
+    """The CUDA toolkit to compile with, or None and why there is none. MNV2_FUSED_CUDA is auto, 0 or 1."""
+    wish = os.environ.get("MNV2_FUSED_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise PlatformError(f"MNV2_FUSED_CUDA must be auto, 0 or 1, got {wish!r}")
+    if wish == "0":
+        return None, "MNV2_FUSED_CUDA is 0"
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parents[1]]
+    for home in (Path(place) for place in places if place):
+        if (home / "bin/nvcc").is_file():
+            return home, ""
+    if wish == "1":
+        raise CompileError("MNV2_FUSED_CUDA is 1, but there is no nvcc in CUDA_HOME, /usr/local/cuda or PATH")
+    return None, "no nvcc was found in CUDA_HOME, /usr/local/cuda or PATH"
+
+
+def cuda_archs() -> list[str]:
+    archs = os.environ.get("MNV2_FUSED_CUDA_ARCHS", CUDA_ARCHS).split(";")
+    if not all(re.fullmatch(r"\d{2,3}a?", arch) and int(arch.rstrip("a")) >= 80 for arch in archs):
+        raise PlatformError(f"MNV2_FUSED_CUDA_ARCHS must name architectures from 80 on, like 80;90, got {archs}")
+    return archs
+
+
+def nvcc_command(cuda: Path, cxx: str) -> str:
+    archs = cuda_archs()
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return f"{shlex.quote(str(cuda / 'bin/nvcc'))} -ccbin {shlex.split(cxx)[0]} {NVCC_FLAGS} {' '.join(codes)}"
+
+
+def ninja_file(build: Path, cxx: str, nvcc: str, common: str, link: str, flags: dict[str, str]) -> str:
     """A build.ninja that compiles each source in `flags` with them and links build/_C.so; for ninja run in ROOT."""
     objects = {source: f"{build}/{source}.o" for source in flags}
+    rules = {source: "nvcc" if source.endswith(".cu") else "compile" for source in flags}
     # -MD and not -MMD: a torch that takes the place of another must be noticed too.
     return "\n".join(
         [
@@ -86,10 +123,15 @@ def ninja_file(build: Path, cxx: str, common: str, link: str, flags: dict[str, s
             "  deps = gcc",
             "  depfile = $out.d",
             "  description = $in",
+            "rule nvcc",
+            f"  command = {nvcc} -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            "  description = $in",
             "rule link",
             f"  command = {cxx} $in {link} -o $out",
             "  description = $out",
-            *(f"build {objects[source]}: compile {source}\n  flags = {value}" for source, value in flags.items()),
+            *(f"build {objects[name]}: {rules[name]} {name}\n  flags = {value}" for name, value in flags.items()),
             f"build {build}/_C.so: link {' '.join(objects.values())}",
             "",
         ]
@@ -120,8 +162,20 @@ class NinjaBuild(build_ext):
         cxx, report["COMPILER"] = find_compiler(" ".join([common, "-std=c++20", *ISA_FLAGS.values()]))
         report["FLAGS"] = "; ".join([common, *(f"{Path(source).name} {f}" for source, f in ISA_FLAGS.items())])
 
-        flags = dict.fromkeys(ext.sources, "") | ISA_FLAGS
-        for source in TORCH_SOURCES:
+        cuda, report["CUDA"] = find_cuda()
+        sources = [source for source in ext.sources if cuda or not source.startswith("csrc/cuda/")]
+        nvcc = ""
+        if cuda:
+            nvcc, report["CUDA"] = nvcc_command(cuda, cxx), ";".join(cuda_archs())
+            # cudart inside, and none of its names outside: a torch with CUDA brings its own.
+            libraries = next(d for d in (cuda / "lib64", cuda / "lib") if (d / "libcudart_static.a").is_file())
+            link += f" -L{shlex.quote(str(libraries))} -lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
+        else:
+            print(f"mnv2_fused is built for the CPU alone: {report['CUDA']}")
+        report["HAS_CUDA"] = "1" if cuda else ""
+
+        flags = dict.fromkeys(sources, "") | ISA_FLAGS
+        for source in flags.keys() & set(TORCH_SOURCES):
             # C++20 in these alone: the headers of torch >= 2.14 may ask for it.
             flags[source] = shlex.join(
                 ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
@@ -132,10 +186,10 @@ class NinjaBuild(build_ext):
         )
 
         # A directory for each set of flags: a sanitizer build and the normal one both stay incremental.
-        key = hashlib.sha256(repr((report["COMPILER"], common, ISA_FLAGS)).encode()).hexdigest()[:8]
+        key = hashlib.sha256(repr((report["COMPILER"], common, ISA_FLAGS, nvcc)).encode()).hexdigest()[:8]
         build = Path("build", f"{sys.implementation.cache_tag}-{key}")
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(build, cxx, common, link, flags))
+        (build / "build.ninja").write_text(ninja_file(build, cxx, nvcc, common, link, flags))
         jobs = len(os.sched_getaffinity(0))
         if subprocess.run([sys.executable, "-m", "ninja", f"-j{jobs}", "-f", build / "build.ninja"]).returncode:
             raise CompileError("mnv2_fused._C did not compile: the messages of the compiler are above")
@@ -146,7 +200,9 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("mnv2_fused._C", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")))],
+    ext_modules=[
+        Extension("mnv2_fused._C", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.c*") if p.is_file()))
+    ],
     cmdclass={"build_ext": NinjaBuild},
     # Front ends ask for the build requirements through egg_info; no other command may fetch anything.
     setup_requires=[TORCH_FOR_BUILD] if "egg_info" in sys.argv and find_torch() is None else [],

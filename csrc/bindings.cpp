@@ -257,6 +257,9 @@ PYBIND11_MODULE(_C, m) {
     report["compiler"] = MNV2_FUSED_COMPILER;
     report["flags"] = MNV2_FUSED_FLAGS;
     report["torch"] = MNV2_FUSED_TORCH_VERSION;
+    const bool cuda = *MNV2_FUSED_HAS_CUDA;  // else MNV2_FUSED_CUDA says why not
+    report["cuda"] = cuda ? MNV2_FUSED_CUDA : "";
+    report["no_cuda"] = cuda ? "" : MNV2_FUSED_CUDA;
     return report;
   });
 }

@@ -169,36 +169,19 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
                          const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight,
                          const Tensor& depthwise_bias, const Tensor& project_weight, const Tensor& project_bias,
                          int64_t stride, int64_t dilation, std::vector<int64_t> padding, bool residual,
-                         bool project_relu6) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
-  STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(), " integers");
-  STD_TORCH_CHECK(expand_weight.has_value() == expand_bias.has_value(),
-                  "expand_weight and expand_bias go together: give both or neither");
-  STD_TORCH_CHECK(depthwise_weight.dim() == 4 && project_weight.dim() == 4,
-                  "depthwise_weight and project_weight must have 4 dimensions");
-  const int64_t in = x.size(1), hidden = depthwise_weight.size(0), out = project_weight.size(0);
-  std::vector<Tensor> weights;
-  if (expand_weight) {
-    weights.push_back(weight_of(*expand_weight, "expand_weight", x, {hidden, in, 1, 1}));
-    weights.push_back(weight_of(*expand_bias, "expand_bias", x, {hidden}));
-  }
-  weights.push_back(weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3}));
-  weights.push_back(weight_of(depthwise_bias, "depthwise_bias", x, {hidden}));
-  weights.push_back(weight_of(project_weight, "project_weight", x, {out, hidden, 1, 1}));
-  weights.push_back(weight_of(project_bias, "project_bias", x, {out}));
-
+                         bool project_relu6, bool /*tf32*/) {
+  const BlockWeights w(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
+                       padding);
   const Dtype dtype = dtype_of(x, "x");
   const Kernel& kernel = select_kernel(dtype);
   int64_t index = 0;
   while (kernels()[index] != &kernel) ++index;
-  const auto prepared = prepare({index, Layer::kBlock, in, hidden, out, stride, dilation, padding[0], padding[1],
-                                 padding[2], padding[3], expand_weight.has_value(), residual, project_relu6},
+  const auto prepared = prepare({index, Layer::kBlock, w.in, w.hidden, w.out, stride, dilation, padding[0], padding[1],
+                                 padding[2], padding[3], w.expand, residual, project_relu6},
                                 x);
   const Layer& layer = prepared->plan.layers[0];
   const Tensor packed = new_tensor({packed_size(layer, kernel.tiles)}, x, MemoryFormat::Contiguous);
-  std::vector<const void*> pointers;
-  for (const Tensor& weight : weights) pointers.push_back(weight.data_ptr());
-  pack(layer, kernel.tiles, dtype, pointers.data(), packed.data_ptr());
+  pack(layer, kernel.tiles, dtype, w.pointers().data(), packed.data_ptr());
   return execute(*prepared, x, packed.data_ptr());
 }
 
@@ -217,10 +200,7 @@ Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hi
 }  // namespace mnv2_fused
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
-  m.def(
-      "inverted_residual(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
-      "Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, int[] padding, "
-      "bool residual, bool project_relu6) -> Tensor");
+  m.def(MNV2_INVERTED_RESIDUAL);
   m.def("pack(Tensor weights, int[] plan) -> Tensor");
   m.def("network(Tensor x, Tensor packed, int[] plan) -> Tensor");
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/network.h"
+#include "cpu/workspace.h"
 
 namespace mnv2_fused {
 
@@ -44,7 +45,7 @@ inline void check_shape(const Tensor& t, const char* name, const Tensor& x, cons
     STD_TORCH_CHECK(false, name, " must have shape [", shape.str(), "], got ", shape_of(t));
   }
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the device of x");
+  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on the device of x");
 }
 
 // A dense copy where the tensor is not dense, in the order in which its weights are packed.
@@ -57,7 +58,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, 
   const Tensor t = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
   // Large tensors come as untouched memory: a step of training at batch 32 spent a tenth of its time on faults of
   // small pages.
-  advise_huge_pages(t.data_ptr(), size_t(t.numel() * t.element_size()));
+  if (like.is_cpu()) advise_huge_pages(t.data_ptr(), size_t(t.numel() * t.element_size()));
   return t;
 }
 
@@ -72,6 +73,49 @@ inline void on_torch_threads(int64_t n, void (*body)(int64_t, int64_t, void*), v
 }
 
 inline int thread_count() { return int(torch::stable::get_num_threads()); }
+
+// The weights of an inverted residual in the order in which they are packed, dense, the first two only where there is
+// an expansion; checked, as the options are.
+struct BlockWeights {
+  int64_t in, hidden, out;
+  bool expand;
+  std::vector<Tensor> tensors;
+
+  BlockWeights(const Tensor& x, const std::optional<Tensor>& expand_weight, const std::optional<Tensor>& expand_bias,
+               const Tensor& depthwise_weight, const Tensor& depthwise_bias, const Tensor& project_weight,
+               const Tensor& project_bias, const std::vector<int64_t>& padding)
+      : in(0), hidden(0), out(0), expand(expand_weight.has_value()) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
+    STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(),
+                    " integers");
+    STD_TORCH_CHECK(expand == expand_bias.has_value(),
+                    "expand_weight and expand_bias go together: give both or neither");
+    STD_TORCH_CHECK(depthwise_weight.dim() == 4 && project_weight.dim() == 4,
+                    "depthwise_weight and project_weight must have 4 dimensions");
+    in = x.size(1);
+    hidden = depthwise_weight.size(0);
+    out = project_weight.size(0);
+    if (expand) {
+      tensors.push_back(weight_of(*expand_weight, "expand_weight", x, {hidden, in, 1, 1}));
+      tensors.push_back(weight_of(*expand_bias, "expand_bias", x, {hidden}));
+    }
+    tensors.push_back(weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3}));
+    tensors.push_back(weight_of(depthwise_bias, "depthwise_bias", x, {hidden}));
+    tensors.push_back(weight_of(project_weight, "project_weight", x, {out, hidden, 1, 1}));
+    tensors.push_back(weight_of(project_bias, "project_bias", x, {out}));
+  }
+  std::vector<const void*> pointers() const {
+    std::vector<const void*> found;
+    for (const Tensor& t : tensors) found.push_back(t.data_ptr());
+    return found;
+  }
+};
+
+// `tf32`: on CUDA, float32 products may be rounded to 19 bits.
+#define MNV2_INVERTED_RESIDUAL                                                                                 \
+  "inverted_residual(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor "   \
+  "depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, int[] padding, bool " \
+  "residual, bool project_relu6, bool tf32=False) -> Tensor"
 
 // The layer of one block for this input, checked as every plan is (ops.cpp).
 Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hidden, int64_t out, int64_t stride,

@@ -326,8 +326,8 @@ struct Block {
     STD_TORCH_CHECK(depthwise.weight && project.weight, "depthwise_weight and project_weight must be given");
     STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(),
                     " integers");
-    STD_TORCH_CHECK((stride == 1 || stride == 2) && dilation >= 1, "stride must be 1 or 2 and dilation at least 1, got ",
-                    stride, " and ", dilation);
+    STD_TORCH_CHECK((stride == 1 || stride == 2) && dilation >= 1,
+                    "stride must be 1 or 2 and dilation at least 1, got ", stride, " and ", dilation);
     x = centered = dense(input);
     in = x.size(1);
     hidden = depthwise.weight->size(0);
@@ -460,9 +460,9 @@ void block_train(StableIValue* stack, uint64_t, uint64_t) {
   const Norm depthwise = b.depthwise_norm(s);
   const Doubles zero(b.out, 0);
   const Tensor bias = b.project.bias ? *b.project.bias : rows(x, {&zero});
-  const Tensor z = std::get<0>(call<Tensor>("mnv2_fused::inverted_residual", b.centered, b.weight, b.bias,
-                                            b.scaled(*b.depthwise.weight, depthwise.scale), rows(x, {&depthwise.shift}),
-                                            *b.project.weight, bias, b.stride, b.dilation, b.padding, false, false));
+  const Tensor z = std::get<0>(call<Tensor>(
+      "mnv2_fused::inverted_residual", b.centered, b.weight, b.bias, b.scaled(*b.depthwise.weight, depthwise.scale),
+      rows(x, {&depthwise.shift}), *b.project.weight, bias, b.stride, b.dilation, b.padding, false, false, false));
   if (!b.project.mean) {
     std::tie(s.z_mean, s.z_var) = channel_moments(z);
     join(b.group, count, counts[1], s.z_mean, s.z_var);

@@ -140,6 +140,11 @@ def _info() -> dict[str, Any]:
             "python": sys.version.split()[0],
         },
         "cpu": {"name": _C.cpu_name(), "features": _C.cpu_features()},
+        "cuda": {
+            "compiled": [f"sm_{arch}" for arch in _C.build_report()["cuda"].split(";") if arch],
+            "device": "" if mnv2_fused.ops.why_no_cuda() else torch.cuda.get_device_name(),
+            "unusable": mnv2_fused.ops.why_no_cuda(),
+        },
         "threads": torch.get_num_threads(),
         "kernels": [
             {
@@ -169,11 +174,14 @@ def _info_tables(report: dict[str, Any]) -> Table:
     facts.add_row("features", " ".join(name for name, present in features.items() if present) or "none")
     if absent := [name for name, present in features.items() if not present]:
         facts.add_row("absent", " ".join(absent))
+    cuda = report["cuda"]
+    compiled = f"kernels for {', '.join(cuda['compiled'])} and PTX; " if cuda["compiled"] else ""
+    facts.add_row("CUDA", Text(compiled + (cuda["device"] or f"not usable: {cuda['unusable']}")))
     facts.add_row("threads", str(report["threads"]))
     if report["override"]:
         facts.add_row("forced", f"MNV2_FUSED_KERNEL={_printable(report['override'])}")
-    for name, value in report["build"].items():
-        facts.add_row(f"built: {name}", Text(value))
+    for name in ("compiler", "flags", "torch"):
+        facts.add_row(f"built: {name}", Text(report["build"][name]))
 
     kernels = Table(title="Kernels, best first", title_justify="left", title_style="bold")
     for heading in ("kernel", "dtype", "requires", "supported", "in use"):

@@ -65,7 +65,9 @@ def inverted_residual(
     al., CVPR 2018, section 3 and Table 1.
 
     Args:
-        x: [N, C_in, H, W], float32 or float64, any strides; channels_last is read as it is, others are copied.
+        x: [N, C_in, H, W], any strides; channels_last is read as it is, others are copied. On the CPU float32 or
+            float64; on CUDA, where there are no gradients yet, float16, bfloat16 or float32 (its products rounded to
+            TF32 where torch.backends.cudnn.allow_tf32 is set, as it is by default).
         expand_weight, expand_bias: [C_hid, C_in, 1, 1] and [C_hid]; both None for expansion factor 1 (C_hid = C_in).
         depthwise_weight, depthwise_bias: [C_hid, 1, 3, 3] and [C_hid].
         project_weight, project_bias: [C_out, C_hid, 1, 1] and [C_out].
@@ -81,7 +83,7 @@ def inverted_residual(
     Raises:
         ValueError: a shape, option, dtype or device that does not fit; the message names the argument.
         RuntimeError: MNV2_FUSED_KERNEL names a kernel that cannot run here or computes in another dtype; or, in
-            backward, the gradients' own gradients are asked for.
+            backward, gradients on CUDA or the gradients' own gradients are asked for.
     """
     arguments = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
     if isinstance(padding, int) and not isinstance(padding, bool):
@@ -90,7 +92,11 @@ def inverted_residual(
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual)
         return inverted_residual_reference(*arguments, **options, project_relu6=project_relu6)
-    return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6)
+    tf32 = x.is_cuda and torch.backends.cudnn.allow_tf32
+    return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6, tf32)
+
+
+_DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
 
 
 def _fits(shape: torch.Size, expected: tuple[object, ...]) -> bool:
@@ -116,10 +122,14 @@ def _output_shape(
     """The shape of the result; ValueError where an argument does not fit the others."""
     if not isinstance(x, Tensor) or x.dim() != 4:
         raise ValueError(f"x must be a tensor [N, C, H, W], got {list(x.shape) if isinstance(x, Tensor) else x!r}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be float32 or float64, which there are kernels for, got {x.dtype}")
-    if x.device.type not in ("cpu", "meta"):
-        raise ValueError(f"x must be on the CPU, which this version computes on, got {x.device}")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"x must be on the CPU or a CUDA device, which there are kernels for, got {x.device}")
+    if x.device.type == "cuda" and (reason := _C.build_report()["no_cuda"]):
+        raise ValueError(f"x is on {x.device}, but mnv2_fused was built without CUDA: {reason}")
+    dtypes = _DTYPES["cuda" if x.device.type == "cuda" else "cpu"]
+    if x.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"x must be {names}, which there are kernels for, got {x.dtype}")
     batch, channels, height, width = x.shape
     _check_tensor("depthwise_weight", depthwise_weight, ("C_hid", 1, 3, 3), x)
     hidden = depthwise_weight.shape[0]
@@ -160,8 +170,7 @@ def _is_size(n: object) -> bool:
 
 @torch.library.register_fake("mnv2_fused::inverted_residual")
 def _(x, *arguments):
-    *arguments, _project_relu6 = arguments
-    shape = _output_shape(x, *arguments)
+    shape = _output_shape(x, *arguments[:10])
     return torch.empty_strided(shape, _channels_last_strides(shape), dtype=x.dtype, device=x.device)
 
 
@@ -177,8 +186,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     """Recomputes the block a few rows at a time and goes back through it; only what is asked for is computed."""
+    if grad.is_cuda:
+        raise RuntimeError("inverted_residual has no gradients on CUDA; inverted_residual_reference has them")
     x, we, be, wd, bd, wp, bp = ctx.saved_tensors
-    *geometry, residual, project_relu6 = ctx.options
+    *geometry, residual, project_relu6, _ = ctx.options
     need_x, need_we, need_be, need_wd, need_bd, need_wp, need_bp = need = ctx.needs_input_grad[:7]
     if project_relu6:
         y = _OPS.inverted_residual(x, we, be, wd, bd, wp, bp, *geometry, residual, False)
@@ -194,7 +205,7 @@ def _backward(ctx, grad: Tensor):
         expand, depthwise, project, (total_d, _, total_e, _) = sums
         gradients[:6] = (dx + grad if residual and need_x else dx), expand.t(), total_e, depthwise.t(), total_d, project
     gradients[6] = grad.sum((0, 2, 3)) if need_bp else None
-    return *map(_like, gradients, (x, we, be, wd, bd, wp, bp), need), *[None] * 5
+    return *map(_like, gradients, (x, we, be, wd, bd, wp, bp), need), *[None] * 6
 
 
 def _like(gradient: Tensor, tensor: Tensor, needed: bool) -> Tensor | None:
@@ -394,3 +405,12 @@ def kernels() -> list[Kernel]:
 def selected_kernel(dtype: torch.dtype = torch.float32) -> str:
     """The row that would serve tensors of `dtype` now; ValueError when MNV2_FUSED_KERNEL is impossible."""
     return _C.select(str(dtype).removeprefix("torch."))
+
+
+def why_no_cuda() -> str:
+    """Why CUDA tensors cannot be computed on here, "" where they can be."""
+    if reason := _C.build_report()["no_cuda"]:
+        return f"mnv2_fused was built without: {reason}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without"
+    return "" if torch.cuda.is_available() else "torch finds no usable GPU"

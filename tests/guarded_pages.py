@@ -1,6 +1,7 @@
-"""Runs blocks and a network on tensors that end, or begin, exactly at an unmapped page; test_ops.py starts it.
+"""Runs blocks and a network on tensors that end, or begin, exactly at an unmapped page; tests start it.
 
-Arguments: float32 or float64. Prints each case before it runs, so that the last line names the one that crashed.
+Arguments: float32 or float64, or `emulated` for the CUDA kernels. Prints each case before it runs, so that the last
+line names the one that crashed.
 """
 
 from __future__ import annotations
@@ -105,7 +106,31 @@ def check_packed_block(block: Block, dtype: torch.dtype, at_end: bool) -> None:
     assert torch.equal(y, mnv2_fused.inverted_residual(x, *weights, **block.options)), "the op and its plan differ"
 
 
+def check_emulated() -> None:
+    import emulation
+
+    torch.ops.load_library(emulation.build())
+    op = torch.ops.mnv2_emulated.inverted_residual
+    for block in cases()[20::3]:
+        sides = (block.padding,) * 4 if isinstance(block.padding, int) else block.padding
+        for dtype, tf32 in (
+            (torch.float16, False),
+            (torch.bfloat16, False),
+            (torch.float32, True),
+            (torch.float32, False),
+        ):
+            tensors = [None if t is None else t.contiguous().to(dtype) for t in block.tensors()]
+            tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+            options = block.stride, block.dilation, sides, block.residual, block.project_relu6, tf32
+            for at_end in (True, False):
+                print(block, dtype, tf32, at_end, flush=True)
+                with Guarded(at_end) as memory:
+                    assert torch.equal(op(*tensors, *options), op(*map(memory.place, tensors), *options))
+
+
 def main() -> None:
+    if sys.argv[1] == "emulated":
+        return check_emulated()
     dtype = getattr(torch, sys.argv[1])
     for i, block in enumerate(cases()):
         torch.set_num_threads(3 if i < 20 else 1)  # the first are those of a network, some of which threads share

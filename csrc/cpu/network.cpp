@@ -1,7 +1,6 @@
 // Runs a program: images one per thread, depth first, and what is left over shared by all threads.
 #include "network.h"
 
-#include <sys/mman.h>
 #include <xmmintrin.h>
 
 #include <atomic>
@@ -11,14 +10,6 @@
 #include "workspace.h"
 
 namespace mnv2_fused {
-
-void advise_huge_pages(void* data, size_t bytes) {
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  // Only a wish: where the system has no huge pages to give, everything works as before.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 namespace {
 

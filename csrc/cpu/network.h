@@ -12,6 +12,10 @@ namespace mnv2_fused {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation) {
+  const int64_t room = in + pad - 2 * dilation - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
 
 // --- dispatch.cpp
 
@@ -52,7 +56,6 @@ struct Program {
 
 // Of each pixel of a ring of rows, row-major, in elements; tile_m entries wrap around.
 std::vector<int32_t> pixel_offsets(int64_t rows, int64_t row_length, int64_t left, int64_t width, const Tiles& tiles);
-int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation);
 // The program's out_height is 0 where some layer's output would be empty. Throws std::length_error for sizes beyond
 // what the kernels count in 32 bits.
 Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t height, int64_t width);
@@ -66,10 +69,6 @@ struct Call {
   Image image;  // strides of x
   void* y;
 };
-
-// Asks for 2 MB pages in freshly allocated memory. The 14 MB of weights that every image reads are 3,400 small pages,
-// more than a TLB holds beside the rest; and to touch a page for the first time costs a microsecond.
-void advise_huge_pages(void* data, size_t bytes);
 
 // parallel(n, body, context) runs body(begin, end, context) over [0, n) on the caller's thread pool.
 using Parallel = void (*)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);

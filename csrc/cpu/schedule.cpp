@@ -113,11 +113,6 @@ std::vector<int32_t> pixel_offsets(int64_t rows, int64_t row_length, int64_t lef
   return offsets;
 }
 
-int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation) {
-  const int64_t room = in + pad - 2 * dilation - 1;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
 Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t height, int64_t width) {
   Resolver resolver{kernel, kernel.tiles, {}};
   Program& program = resolver.program;

@@ -1,6 +1,7 @@
 // What a call needs beside its kernels: working memory, and the way denormals are treated.
 #pragma once
 
+#include <sys/mman.h>
 #include <xmmintrin.h>
 
 #include <algorithm>
@@ -10,9 +11,17 @@
 #include <new>
 #include <vector>
 
-#include "network.h"
-
 namespace mnv2_fused {
+
+// Asks for 2 MB pages in freshly allocated memory. The 14 MB of weights that every image reads are 3,400 small pages,
+// more than a TLB holds beside the rest; and to touch a page for the first time costs a microsecond.
+inline void advise_huge_pages(void* data, size_t bytes) {
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  // Only a wish: where the system has no huge pages to give, everything works as before.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 // Working memory is kept between calls, one block for each call that runs at the same time: a few MB whose pages
 // the system would otherwise zero anew for every image. What an unusually large image took is given back.

@@ -1,0 +1,108 @@
+// What the CUDA side offers to the rest, in plain C++: no torch, no CUDA header. Every function launches on the stream
+// it is given and returns a cudaError_t (0: success).
+#pragma once
+
+#include <cstdint>
+
+namespace mnv2_fused::cuda {
+
+// How a layer's numbers are stored and multiplied. Sums are float in all of them.
+enum class Type : int { kHalf, kBfloat16, kTf32, kFloat };
+constexpr int element_size(Type type) { return type == Type::kHalf || type == Type::kBfloat16 ? 2 : 4; }
+
+// Packed weights of a block: for every chunk of 64 bytes of hidden channels one blob, as it lies in shared memory,
+//
+//     [chunk][in]  expansion, rows `expand_pitch` apart (none without an expansion)
+//     [out][chunk] projection, rows `kPitch` apart
+//     [chunk][..]  taps of the filter, 9 numbers and a rest that fills 32 bytes (16-bit) or 48
+//     [chunk]      float: bias of the expansion
+//     [chunk]      float: bias of the filter
+//
+// and after the last the projection's bias, float. Channels that do not exist are zeros. Pitches are odd multiples of
+// 16 bytes, so that eight rows lie in eight different banks.
+struct Packing {
+  static constexpr int kChunkBytes = 64, kPitch = 80;
+  int chunks, in_channels, out_channels;  // channels padded, to 8 and 16
+  int expand_pitch;
+  int project, taps, expand_bias, depthwise_bias, blob_bytes;  // offsets in a blob
+  int64_t bytes;
+};
+
+constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+// Bytes from row to row of `bytes`: an odd number of 16.
+constexpr int odd_pitch(int bytes) {
+  return (bytes / 16 | 1) * 16 < bytes ? (bytes / 16 | 1) * 16 + 32 : (bytes / 16 | 1) * 16;
+}
+
+constexpr Packing packing(Type type, bool expand, int in_channels, int hidden_channels, int out_channels) {
+  const int size = element_size(type), chunk = Packing::kChunkBytes / size;
+  Packing p{};
+  p.chunks = (hidden_channels + chunk - 1) / chunk;
+  p.in_channels = round_up(in_channels, 8);
+  p.out_channels = round_up(out_channels, 16);
+  p.expand_pitch = odd_pitch(p.in_channels * size);
+  p.project = expand ? chunk * p.expand_pitch : 0;
+  p.taps = p.project + p.out_channels * Packing::kPitch;
+  p.expand_bias = p.taps + chunk * (size == 2 ? 32 : 48);
+  p.depthwise_bias = p.expand_bias + chunk * 4;
+  p.blob_bytes = round_up(p.depthwise_bias + chunk * 4, 16);
+  p.bytes = int64_t(p.chunks) * p.blob_bytes + p.out_channels * 4;
+  return p;
+}
+
+// A block and the tensors' sizes, as inverted_residual.h has them.
+struct Block {
+  Type type;
+  int batch, height, width, in_channels, hidden_channels, out_channels, out_height, out_width;
+  int stride, dilation, pad_left, pad_top;
+  bool expand, residual, relu6;
+};
+
+// Weights as PyTorch has them, the first two null without an expansion; biases may be null for zeros.
+struct Weights {
+  const void *expand, *expand_bias, *depthwise, *depthwise_bias, *project, *project_bias;
+};
+
+// What of a device the choice of tiles depends on.
+struct Limits {
+  int processors, shared_bytes;  // shared memory that a block of threads may have
+};
+// Of it, what the kernels use: as much as devices of compute capability 8.6 and 8.9 give a block of threads.
+constexpr int kSharedBytes = 99 << 10;
+
+// How a block is cut up: a block of threads makes `images` x `height` x `width` pixels of the output, a part `splits`
+// of the hidden channels each.
+struct Tile {
+  int height, width, images;
+  int m_warps, n_warps, n_tiles;  // warps by pixels and by channels; 8 channels each, a warp's
+  int stages, splits;             // blobs of weights in shared memory
+  int tiles, shared_bytes;
+  int64_t partial_bytes;  // of the workspace, with `tiles` counters of 4 bytes before it, which are 0
+};
+
+// The largest n_tiles that there are kernels for.
+constexpr int kMaxTiles = 20;
+
+// The tile with the least work for the busiest processor. `tiles` is 0 where no tile fits in shared memory.
+Tile choose_tile(const Block& block, const Limits& limits);
+// The same for one way of cutting; false where it does not fit.
+bool fill_tile(const Block& block, const Limits& limits, Tile* tile);
+
+// The launches of one type, each compiled by itself.
+struct Launches {
+  int (*pack)(const Block&, const Weights&, bool float_source, void* packed, void* stream);
+  int (*block)(const Block&, const Tile&, const void* x, const void* packed, void* y, void* workspace, void* stream);
+};
+extern const Launches half, bfloat16, tf32, single;
+
+// `float_source`: weights are float, whatever the type; else of its element type.
+int pack(const Block& block, const Weights& weights, bool float_source, void* packed, void* stream);
+int block(const Block& block, const Tile& tile, const void* x, const void* packed, void* y, void* workspace,
+          void* stream);
+
+// --- runtime.cu
+
+int limits_of(int device, Limits* limits);
+const char* error_text(int error);
+
+}  // namespace mnv2_fused::cuda

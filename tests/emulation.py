@@ -1,0 +1,52 @@
+"""Builds csrc/cuda/ for the host, kernels and ops: a library whose ops run the threads of a GPU one after the other.
+
+The kernels are the same templates that nvcc compiles; csrc/cuda/host.h takes the place of the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.c*"))
+FLAGS = "-O2 -g -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Werror -DMNV2_EMULATED"
+
+
+def build() -> Path:
+    """The library, compiled if no test run has compiled the same sources before."""
+    torch_home = Path(torch.__file__).parent
+    cxx = os.environ.get("CXX", "c++")
+    text = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").glob("**/*.*")))
+    key = hashlib.sha256(text + f"{cxx} {FLAGS} {torch.__version__} {torch_home}".encode()).hexdigest()[:12]
+    folder = ROOT / "build" / f"emulated-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "emulated.so"
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([*shlex.split(cxx), *shlex.split(FLAGS), *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.name}.o"
+        how = ["-std=c++17", "-x", "c++"]
+        if source.suffix == ".cpp":
+            how = ["-std=c++20", "-isystem", torch_home / "include", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        run(*how, "-c", source, "-o", target)
+        return target
+
+    with FileLock(folder / "lock"):  # other processes of the same test run want it too
+        if not library.exists():
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                objects = list(pool.map(compile_one, SOURCES))
+            unfinished = folder / "unfinished.so"
+            run("-shared", *objects, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs", "-o", unfinished)
+            unfinished.rename(library)
+    return library

@@ -1,0 +1,183 @@
+"""The CUDA kernels: emulated on the CPU wherever there is a C++ compiler, and on the device where there is one."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from blocks import Block, network_blocks
+from torch import Tensor
+
+from mnv2_fused import ops
+
+# How far from float64 a result may be, in the norm over all elements.
+TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2, "tf32": 1e-3, "float32": 1e-5}
+TYPES = tuple(TOLERANCE)
+
+Run = Callable[[Block, str], Tensor]
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "tf32" else getattr(torch, kind)
+
+
+def arguments(block: Block, kind: str) -> tuple[Tensor | None, ...]:
+    """As numbers of the kind's dtype; those of a network whose activations stay small."""
+    x, *weights = block.tensors()
+    return tuple(None if t is None else t.to(dtype_of(kind)) for t in (x, *weights))
+
+
+def raw(block: Block) -> tuple[object, ...]:
+    sides = (block.padding,) * 4 if isinstance(block.padding, int) else block.padding
+    return block.stride, block.dilation, sides, block.residual, block.project_relu6
+
+
+@pytest.fixture(scope="session")
+def emulated() -> None:
+    if "mnv2_emulated" not in {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names()}:
+        torch.ops.load_library(emulation.build())
+
+
+@pytest.fixture(params=["emulated", "device"])
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a block with one kind of numbers, in the emulation or on the device."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+        device, op = "cpu", torch.ops.mnv2_emulated.inverted_residual
+    else:
+        if reason := ops.why_no_cuda():
+            pytest.skip(f"no GPU: {reason}")
+        device, op = "cuda", torch.ops.mnv2_fused.inverted_residual
+
+    def call(block: Block, kind: str) -> Tensor:
+        tensors = (None if t is None else t.to(device) for t in arguments(block, kind))
+        return op(*tensors, *raw(block), kind == "tf32").cpu()
+
+    return call
+
+
+def check(run: Run, block: Block, kind: str) -> None:
+    y = run(block, kind)
+    assert y.dtype == dtype_of(kind) and y.is_contiguous(memory_format=torch.channels_last)
+    exact = [None if t is None else t.double() for t in arguments(block, kind)]
+    truth = ops.inverted_residual_reference(*exact, **block.options)
+    error = float((y.double() - truth).norm() / truth.norm())
+    assert y.shape == truth.shape and error <= TOLERANCE[kind], f"{block} in {kind}: off by {error:.1e}"
+
+
+def scaled(block: Block) -> Block:
+    """The block with its channels, on a map of a few tiles."""
+    size = {112: 20, 56: 14, 28: 9, 14: 6, 7: 7}[block.height]
+    return Block(**vars(block) | {"height": size, "width": size - 1, "batch": 2 if size < 9 else 1})
+
+
+NETWORK = [scaled(block) for block in dict.fromkeys(network_blocks(224))]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("block", NETWORK, ids=lambda block: block.id)
+def test_blocks_of_the_network(run: Run, block: Block, kind: str) -> None:
+    check(run, block, kind)
+
+
+def random_block(seed: int) -> Block:
+    r = random.Random(seed)
+    in_channels, out_channels = r.choice((3, 8, 12, 16, 24, 25, 40)), r.choice((1, 8, 10, 16, 24, 33, 72))
+    expand, dilation, stride = r.random() < 0.8, r.choice((1, 1, 1, 2)), r.choice((1, 2))
+    hidden = r.choice((7, 16, 32, 33, 48, 96, 100)) if expand else in_channels
+    residual = stride == 1 and r.random() < 0.5
+    padding: int | tuple[int, int, int, int] = dilation
+    if not residual and r.random() < 0.3:
+        padding = tuple(r.randint(0, 3) for _ in range(4))
+    height, width = (r.choice((5, 6, 7, 8, 9, 13)) for _ in range(2))
+    layout = r.choice(("channels_last", "channels_last", "contiguous", "channel_slice", "crop"))
+    return Block(
+        in_channels, hidden, in_channels if residual else out_channels, height, width, r.choice((1, 1, 2, 5)),
+        stride, dilation, padding, expand, residual, r.random() < 0.2, layout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("seed", range(12))
+def test_random_blocks(run: Run, seed: int, kind: str) -> None:
+    check(run, random_block(seed), kind)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", TYPES)
+def test_200_random_blocks(run: Run, kind: str) -> None:
+    for seed in range(1000, 1200):
+        check(run, random_block(seed), kind)
+
+
+@pytest.mark.parametrize("order", ["backward", "random"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_threads_in_another_order(emulated: None, order: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same comes out however the threads run between two barriers, and whenever copies arrive."""
+    blocks = (random_block(3), NETWORK[1], Block(24, 96, 24, 7, 7, residual=True), Block(40, 250, 40, 5, 5, batch=3))
+    op = torch.ops.mnv2_emulated.inverted_residual
+    for block in blocks:
+        tensors = arguments(block, kind)
+        monkeypatch.delenv("MNV2_EMULATION_ORDER", raising=False)
+        usual = op(*tensors, *raw(block), kind == "tf32")
+        monkeypatch.setenv("MNV2_EMULATION_ORDER", order)
+        assert torch.equal(op(*tensors, *raw(block), kind == "tf32"), usual), (block, kind)
+
+
+def test_nothing_is_touched_outside_the_tensors(emulated: None) -> None:
+    """In a process of its own, on tensors that lie against unmapped pages; shared memory always does."""
+    script = Path(__file__).with_name("guarded_pages.py")
+    done = subprocess.run([sys.executable, script, "emulated"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-500:]}"
+
+
+def test_no_image(run: Run) -> None:
+    assert run(Block(8, 16, 8, 5, 5, batch=0), "float16").shape == (0, 8, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.double), "x must be float16, bfloat16 or float32"),
+        (dict(stride=3), "stride must be 1 to 2, got 3"),
+        (dict(dilation=4), "the output would be empty"),
+        (dict(weight=torch.half), "expand_weight must have the dtype of x"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(emulated: None, change: dict[str, object], message: str) -> None:
+    x, we, *rest = Block(8, 16, 8, 5, 5).tensors()
+    x, we = x.to(change.get("x", x.dtype)), we.to(change.get("weight", we.dtype))
+    stride, dilation = change.get("stride", 1), change.get("dilation", 1)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mnv2_emulated.inverted_residual(x, we, *rest, stride, dilation, (1, 1, 1, 1), False, False)
+
+
+def test_a_cuda_tensor_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops._C, "build_report", lambda: {"cuda": "", "no_cuda": "no nvcc was found"})
+    assert ops.why_no_cuda() == "mnv2_fused was built without: no nvcc was found"
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize(
+    "kind", ["half", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("bfloat16", "tf32", "single"))]
+)
+def test_no_instance_spills_and_none_has_arrays_in_memory(kind: str, arch: str, tmp_path: Path) -> None:
+    """As ptxas reports it."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}")
+    if not nvcc:
+        pytest.skip("no nvcc")
+    source, target = emulation.ROOT / f"csrc/cuda/{kind}.cu", tmp_path / "kernels"
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", source, "-o", target]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) >= 10 and set(frames) == {("0", "0", "0")}, report
