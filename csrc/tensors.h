@@ -36,7 +36,7 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
   return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
 }
 
-inline void check_shape(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
+inline void check_size(const Tensor& t, const char* name, const std::vector<int64_t>& expected) {
   bool fits = t.dim() == int64_t(expected.size());
   for (size_t i = 0; fits && i < expected.size(); ++i) fits = t.size(i) == expected[i];
   if (!fits) {
@@ -44,6 +44,10 @@ inline void check_shape(const Tensor& t, const char* name, const Tensor& x, cons
     for (size_t i = 0; i < expected.size(); ++i) shape << (i ? ", " : "") << expected[i];
     STD_TORCH_CHECK(false, name, " must have shape [", shape.str(), "], got ", shape_of(t));
   }
+}
+
+inline void check_shape(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
+  check_size(t, name, expected);
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   STD_TORCH_CHECK(t.device() == x.device(), name, " must be on the device of x");
 }
@@ -73,6 +77,19 @@ inline void on_torch_threads(int64_t n, void (*body)(int64_t, int64_t, void*), v
 }
 
 inline int thread_count() { return int(torch::stable::get_num_threads()); }
+
+inline void check_options(int64_t in, int64_t hidden, int64_t out, int64_t stride, int64_t dilation,
+                          const std::vector<int64_t>& padding) {
+  const auto check = [](const char* name, int64_t n, int64_t low, int64_t high) {
+    STD_TORCH_CHECK(n >= low && n <= high, name, " must be ", low, " to ", high, ", got ", n);
+  };
+  constexpr int64_t kMost = 1 << 20;
+  STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(), " integers");
+  for (const int64_t n : {in, hidden, out}) check("channels", n, 1, kMost);
+  check("stride", stride, 1, 2);
+  check("dilation", dilation, 1, kMost);
+  for (const int64_t side : padding) check("padding", side, 0, kMost);
+}
 
 // The weights of an inverted residual in the order in which they are packed, dense, the first two only where there is
 // an expansion; checked, as the options are.

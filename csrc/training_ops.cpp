@@ -84,6 +84,7 @@ Tensor affine(const Tensor& a, const MaybeTensor& b, const Tensor& coefficients,
 // f(pointer to the tensor's elements).
 template <class F>
 auto with_data(const Tensor& t, const F& f) {
+  dtype_of(t, "every tensor");
   return t.scalar_type() == ScalarType::Float ? f(static_cast<float*>(t.data_ptr()))
                                               : f(static_cast<double*>(t.data_ptr()));
 }
@@ -106,6 +107,20 @@ Tensor statistic(const Doubles& from, const Tensor& like) {
 }
 
 Tensor nothing(const Tensor& like) { return doubles({0}, like); }
+
+// A statistic as forward gave it.
+Tensor statistic_of(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_cpu(), name, " must be float64 on the CPU");
+  check_size(t, name, shape);
+  return torch::stable::contiguous(t);
+}
+
+// An activation, dense.
+Tensor dense(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), name, " must be [N, C, H, W] on the CPU, got ", shape_of(x));
+  dtype_of(x, name);
+  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
 
 // Rows of values per channel in the dtype of `like`; one row alone is [channels].
 Tensor rows(const Tensor& like, std::initializer_list<const Doubles*> from) {
@@ -246,8 +261,6 @@ Doubles bias_gradient(const Norm& norm, const Doubles& total) {
   return norm.batch ? Doubles(total.size(), 0) : times(norm.scale, total);
 }
 
-Tensor dense(const Tensor& x) { return torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
-
 int64_t pixels_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 Doubles total_count(const std::string& group, const Tensor& like, Doubles counts) {
@@ -258,10 +271,11 @@ Doubles total_count(const std::string& group, const Tensor& like, Doubles counts
 // relu6 of the norm of e [N, C, H, W], the count of pixels, the batch's mean and variance.
 void batch_norm_relu6(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Tensor e = dense(in.next<Tensor>());
+  const Tensor input = in.next<Tensor>();
   const ConvNorm stage{std::nullopt,           std::nullopt,           in.next<MaybeTensor>(), in.next<MaybeTensor>(),
                        in.next<MaybeTensor>(), in.next<MaybeTensor>(), in.next<double>()};
   const std::string group = in.next<std::string>();
+  const Tensor e = dense(input, "e");
   const double local = double(pixels_of(e));
   const Doubles count = total_count(group, e, {local});
   Tensor mean = nothing(e), var = nothing(e);
@@ -277,11 +291,14 @@ void batch_norm_relu6(StableIValue* stack, uint64_t, uint64_t) {
 // The gradients of e, of the norm's scale and shift, and of the bias of the convolution that made e.
 void batch_norm_relu6_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Tensor dy = dense(in.next<Tensor>()), e = in.next<Tensor>(), count = in.next<Tensor>();
-  const Tensor mean = in.next<Tensor>(), var = in.next<Tensor>();
+  const Tensor gradient = in.next<Tensor>(), input = in.next<Tensor>(), pixels = in.next<Tensor>();
+  const Tensor batch_mean = in.next<Tensor>(), batch_var = in.next<Tensor>();
   const ConvNorm stage{std::nullopt,           std::nullopt,           in.next<MaybeTensor>(), in.next<MaybeTensor>(),
                        in.next<MaybeTensor>(), in.next<MaybeTensor>(), in.next<double>()};
   const std::string group = in.next<std::string>();
+  const Tensor dy = dense(gradient, "dy"), e = dense(input, "e"), count = statistic_of(pixels, "count", {1});
+  const std::vector<int64_t> channels = {stage.mean ? 0 : e.size(1)};
+  const Tensor mean = statistic_of(batch_mean, "e_mean", channels), var = statistic_of(batch_var, "e_var", channels);
   const Norm norm(stage, std::nullopt, mean, var, data_of(count)[0], e, e.size(1));
   const auto [de, sums] = norm_backward(norm, dy, e, true, group);
   const Doubles scale = times(norm.rstd, sums.product), bias = bias_gradient(norm, sums.total);
@@ -322,16 +339,14 @@ struct Block {
         group(a.next<std::string>()),
         x(input),
         centered(input) {
-    STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu(), "x must be [N, C, H, W] on the CPU, got ", shape_of(input));
+    x = centered = dense(input, "x");
     STD_TORCH_CHECK(depthwise.weight && project.weight, "depthwise_weight and project_weight must be given");
-    STD_TORCH_CHECK(padding.size() == 4, "padding must be (left, right, top, bottom), got ", padding.size(),
-                    " integers");
-    STD_TORCH_CHECK((stride == 1 || stride == 2) && dilation >= 1,
-                    "stride must be 1 or 2 and dilation at least 1, got ", stride, " and ", dilation);
-    x = centered = dense(input);
+    STD_TORCH_CHECK(depthwise.weight->dim() == 4 && project.weight->dim() == 4,
+                    "depthwise_weight and project_weight must have 4 dimensions");
     in = x.size(1);
     hidden = depthwise.weight->size(0);
     out = project.weight->size(0);
+    check_options(in, hidden, out, stride, dilation, padding);
     if (expand.weight) expand.weight = weight_of(*expand.weight, "expand_weight", x, {hidden, in, 1, 1});
     depthwise.weight = weight_of(*depthwise.weight, "depthwise_weight", x, {hidden, 1, 3, 3});
     project.weight = weight_of(*project.weight, "project_weight", x, {out, hidden, 1, 1});
@@ -339,6 +354,16 @@ struct Block {
     const int64_t width = out_extent(x.size(3), padding[0] + padding[1], stride, dilation);
     STD_TORCH_CHECK(!residual || (in == out && height == x.size(2) && width == x.size(3)),
                     "a residual needs an output of the shape of x, ", shape_of(x));
+  }
+
+  // Which of Gradients' places there is an argument for.
+  int64_t differentiable() const {
+    int64_t bits = 1, place = 1;
+    for (const ConvNorm* s : {&expand, &depthwise, &project}) {
+      for (const MaybeTensor* t : {&s->weight, &s->bias, &s->scale, &s->shift})
+        bits |= int64_t(t->has_value()) << place++;
+    }
+    return bits;
   }
 
   double pixels() const { return double(pixels_of(x)); }
@@ -436,6 +461,23 @@ struct Block {
     return t;
   }
 };
+
+// As forward gave them for this block.
+Statistics checked(const Block& b, const Statistics& s) {
+  const int64_t x = b.expand.weight ? b.in : 0, e = b.expand.weight && !b.expand.mean ? 1 : 0;
+  const int64_t d = b.depthwise.mean ? 0 : b.hidden, z = b.project.mean ? 0 : b.out;
+  const std::vector<int64_t> products = e ? std::vector<int64_t>{b.in, b.in} : std::vector<int64_t>{0};
+  return {statistic_of(s.counts, "counts", {2}),
+          statistic_of(s.x_center, "x_center", {x}),
+          statistic_of(s.x_mean, "x_mean", {e * b.in}),
+          statistic_of(s.x_products, "x_products", products),
+          statistic_of(s.e_mean, "e_mean", {e * b.hidden}),
+          statistic_of(s.e_var, "e_var", {e * b.hidden}),
+          statistic_of(s.d_mean, "d_mean", {d}),
+          statistic_of(s.d_var, "d_var", {d}),
+          statistic_of(s.z_mean, "z_mean", {z}),
+          statistic_of(s.z_var, "z_var", {z})};
+}
 
 // y, z and the statistics.
 void block_train(StableIValue* stack, uint64_t, uint64_t) {
@@ -619,13 +661,15 @@ void expand_backward(const Block& b, const Statistics& s, const Tensor& dx, cons
 // The gradients that are wanted; the others are empty.
 void block_train_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Tensor dy = dense(in.next<Tensor>()), z = in.next<Tensor>();
+  const Tensor gradient = in.next<Tensor>(), projection = in.next<Tensor>();
   const auto next = [&] { return in.next<Tensor>(); };
-  const Statistics s{next(), next(), next(), next(), next(), next(), next(), next(), next(), next()};
+  const Statistics given{next(), next(), next(), next(), next(), next(), next(), next(), next(), next()};
   const int64_t wanted = in.next<int64_t>();
   const Tensor input = in.next<Tensor>();
   Block b(input, in);
-  Gradients result(b.x, wanted);
+  const Tensor dy = dense(gradient, "dy"), z = dense(projection, "z");
+  const Statistics s = checked(b, given);
+  Gradients result(b.x, wanted & b.differentiable());
   using G = Gradients;
 
   // z's BatchNorm, over narrow tensors.

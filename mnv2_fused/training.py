@@ -96,7 +96,7 @@ def _(dy, z, *arguments):
     x = rest[0]
     outputs = []
     for i, place in enumerate(_DIFFERENTIABLE):
-        if not wanted >> i & 1:
+        if not wanted >> i & 1 or rest[place] is None:
             outputs.append(x.new_empty(0))
         elif place == 0:
             shape = x.shape

@@ -374,6 +374,73 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(getattr(torch.ops.mnv2_fused, name).default, arguments)
 
 
+def wrong_arguments() -> dict[str, tuple[str, list[Any], str]]:
+    """By what is wrong: an op, arguments that nobody should give it, and what the error says."""
+    arguments = samples(torch.float32)
+    train, back = list(arguments["block_train"][0]), list(arguments["block_train_backward"][0])
+    norm, norm_back = list(arguments["batch_norm_relu6"][1]), list(arguments["batch_norm_relu6_backward"][1])
+
+    def changed(values: list[Any], at: int, value: Any) -> list[Any]:
+        return [*values[:at], value, *values[at + 1 :]]
+
+    half = [t.half() if isinstance(t, Tensor) else t for t in train]
+    none = changed(changed(train, 8, train[8][:0]), 15, train[15][:, :0])
+    none = changed(none, 1, None if none[1] is None else none[1][:0])
+    return {
+        "half": ("block_train", half, "x must be float32 or float64"),
+        "half norm": ("batch_norm_relu6", [norm[0].half(), *norm[1:]], "e must be float32 or float64"),
+        "no hidden channels": ("block_train", none, "channels must be 1 to 1048576, got 0"),
+        "stride 0": ("block_train", changed(train, 22, 0), "stride must be 1 to 2, got 0"),
+        "padding": ("block_train", changed(train, 24, [1 << 62, 1 << 62, 1, 1]), "padding must be 0 to 1048576"),
+        "scalar weight": ("block_train", changed(train, 8, torch.tensor(1.0)), "must have 4 dimensions"),
+        "x": ("block_train", changed(train, 0, train[0][0]), r"x must be \[N, C, H, W\]"),
+        "dy": ("block_train_backward", changed(back, 0, back[0][0]), r"dy must be \[N, C, H, W\]"),
+        "no counts": (
+            "block_train_backward",
+            changed(back, 2, back[2][:0]),
+            r"counts must have shape \[2\], got \[0\]",
+        ),
+        "float counts": ("block_train_backward", changed(back, 2, back[2].float()), "counts must be float64"),
+        "center": ("block_train_backward", changed(back, 3, torch.ones(10**6).double()), "x_center must have shape"),
+        "d_mean": ("block_train_backward", changed(back, 8, back[8][:-1]), "d_mean must have shape"),
+        "count": ("batch_norm_relu6_backward", changed(norm_back, 2, norm_back[2][:0]), "count must have shape"),
+        "mean": ("batch_norm_relu6_backward", changed(norm_back, 3, norm_back[3][:-1]), "e_mean must have shape"),
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "half",
+        "half norm",
+        "no hidden channels",
+        "stride 0",
+        "padding",
+        "scalar weight",
+        "x",
+        "dy",
+        "no counts",
+        "float counts",
+        "center",
+        "d_mean",
+        "count",
+        "mean",
+    ],
+)
+def test_wrong_arguments_are_named(what: str) -> None:
+    name, arguments, message = wrong_arguments()[what]
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.mnv2_fused, name)(*arguments)
+
+
+def test_statistics_of_any_strides() -> None:
+    arguments = samples(torch.float32)["block_train_backward"][0]
+    right = torch.ops.mnv2_fused.block_train_backward(*arguments)
+    strided = [torch.stack([t, t], -1)[..., 0] if 2 <= i < 12 else t for i, t in enumerate(arguments)]
+    for found, t in zip(torch.ops.mnv2_fused.block_train_backward(*strided), right, strict=True):
+        assert torch.equal(found, t)
+
+
 # ------------------------------------------------------------------------------------------------ as nn.BatchNorm2d's
 
 
@@ -560,6 +627,19 @@ def test_one_value_per_channel(size: tuple[int, int, int], stride: int) -> None:
     moved = dict(composition.named_buffers())
     for name, t in block.named_buffers():
         assert torch.allclose(t, before[name]) or torch.allclose(t, moved[name]), name
+
+
+def test_an_infinite_pixel_of_a_frozen_stem() -> None:
+    """relu6 passes it no gradient: 0, and not the NaN of 0 times infinity."""
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()).eval()
+    x = torch.randn(2, 3, 9, 8)
+    x[0, 1, 4, 4] = float("inf")
+    results = []
+    for call in (lambda stem, x: training.run_conv_bn_relu6(stem, x), nn.Module.__call__):
+        found = results_of(copy.deepcopy(stem), x.clone().requires_grad_(), call=call)
+        results.append({name: t.double().nan_to_num(12345.0, 54321.0) for name, t in found.items()})
+    check(errors(*results, {name: float(t.norm()) for name, t in results[1].items()}), 1e-5)
 
 
 HARD = ("constant", "constant by channel", "far from 0", "far from 0, a channel constant", "correlated channels")

@@ -403,6 +403,8 @@ struct Training : Forward<Isa> {
   static void affine(const void* a_, const void* b_, const void* coefficients, const void* gate_, bool relu6, void* y_,
                      int64_t pixels, int channels) {
     const T *p = static_cast<const T*>(coefficients), *gate = static_cast<const T*>(gate_);
+    bool adds_b = false;  // 0 times infinity would be NaN
+    for (int c = 0; b_ && c < channels; ++c) adds_b |= p[channels + c] != 0;
     for_chunks(pixels, channels, [&](int64_t first, int count) {
       const T *a = static_cast<const T*>(a_) + first * channels, *b = static_cast<const T*>(b_) + first * channels;
       T* y = static_cast<T*>(y_) + first * channels;
@@ -422,7 +424,7 @@ struct Training : Forward<Isa> {
           const Gate gated(gate, v, channels);
           each([&](V value, int64_t at) {
             const V other = load_channels(b + at, left);
-            return Isa::fmadd(scale_a, gated(value, other), add_b(other, shift));
+            return Isa::fmadd(scale_a, gated(value, other), adds_b ? add_b(other, shift) : shift);
           });
         } else if (b_) {
           each([&](V value, int64_t at) {

@@ -74,13 +74,7 @@ Tensor inverted_residual(const Tensor& input, const std::optional<Tensor>& expan
   const Type type = type_of(input, tf32);
   const BlockWeights w(input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight,
                        project_bias, padding);
-  const auto check_size = [](const char* name, int64_t n, int64_t low, int64_t high) {
-    STD_TORCH_CHECK(n >= low && n <= high, name, " must be ", low, " to ", high, ", got ", n);
-  };
-  check_size("stride", stride, 1, 2);
-  check_size("dilation", dilation, 1, 1 << 20);
-  for (const int64_t side : padding) check_size("padding", side, 0, 1 << 20);
-  for (const int64_t n : {w.in, w.hidden, w.out}) check_size("channels", n, 1, 1 << 16);
+  check_options(w.in, w.hidden, w.out, stride, dilation, padding);
   STD_TORCH_CHECK(w.expand || w.hidden == w.in, "without an expansion there are as many hidden channels as x has");
   const Tensor x = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
   const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
