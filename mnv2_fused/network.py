@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch import Tensor, get_autocast_dtype, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
@@ -142,10 +142,33 @@ def _fold(module: nn.Module, bn: nn.BatchNorm2d | None) -> Iterator[Tensor]:
     yield bias
 
 
+class Arithmetic(NamedTuple):
+    """What a call computes in: the dtype of x, or where autocast is at work on a GPU that which it asks for."""
+
+    device: str
+    dtype: torch.dtype
+    autocast: bool
+    tf32: bool
+
+
+def arithmetic(x: Tensor) -> Arithmetic:
+    device = ops.device_type(x)
+    autocast = device == "cuda" and x.dtype != torch.float64 and is_autocast_enabled(device)
+    dtype = get_autocast_dtype(device) if autocast else x.dtype
+    return Arithmetic(device, dtype, autocast, ops.uses_tf32(x) and dtype == torch.float32)
+
+
 class _Packing:
     """Packed weights (or the reason why there are none), and from what they were made."""
 
-    def __init__(self, root: nn.Module, parts: tuple[str, ...], describe: Callable[[nn.Module], list[Stage]]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        parts: tuple[str, ...],
+        describe: Callable[[nn.Module], list[Stage]],
+        arithmetic: Arithmetic,
+    ) -> None:
+        self.arithmetic = arithmetic
         modules = [m for part in parts if (top := getattr(root, part)) is not None for m in top.modules()]
         plain = (nn.Sequential, nn.ReLU6)  # no attribute of these matters but a forward of their own
         dicts = [root.__dict__, root._modules]
@@ -172,21 +195,28 @@ class _Packing:
             expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")
             stages = describe(root)
             self.dtype = self._common_dtype()
-            self.plan = ops.make_plan([stage.layer for stage in stages], self.dtype)
+            device, dtype, _, tf32 = arithmetic
+            self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
             weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
-            self.packed = torch.ops.mnv2_fused.pack(weights.to(self.dtype), self.plan)
+            packed_from = torch.float32 if device == "cuda" else dtype  # there they are rounded while they are packed
+            self.packed = torch.ops.mnv2_fused.pack(weights.to(packed_from), self.plan)
         except Unfusable as refusal:
             self.reason = str(refusal)
 
     def _common_dtype(self) -> torch.dtype:
-        kinds = {(t.dtype, t.device.type) for t in self._tensors if t.is_floating_point()}
+        kinds = {(t.dtype, t.device) for t in self._tensors if t.is_floating_point()}
         expect(len(kinds) == 1, f"its tensors are of several dtypes or devices: {kinds}")
         ((dtype, device),) = kinds
-        expect(dtype in (torch.float32, torch.float64) and device == "cpu", f"no kernel for {dtype} on {device}")
+        kind = ops.device_type(self._tensors[0])
+        expect(kind == self.arithmetic.device, f"its tensors are on {device}, the input on {self.arithmetic.device}")
+        for needed in (dtype, self.arithmetic.dtype):
+            expect(needed in ops.DTYPES[kind], f"no kernel for {needed} on {device}")
         return dtype
 
-    def current(self) -> bool:
+    def current(self, arithmetic: Arithmetic) -> bool:
         """Whether nothing that the packed weights depend on has changed."""
+        if arithmetic != self.arithmetic:
+            return False
         if self._hooked or self._handles != RemovableHandle.next_id:  # else no hook was registered anywhere since
             if any(self._hooks) != self._hooked:
                 return False
@@ -224,7 +254,10 @@ class FusedChain:
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor | None:
         """The result of the chain, or None where it cannot run fused."""
         reason, packing = self._prepare(root, x)
-        return None if reason else _NETWORK(x, packing.packed, packing.plan)
+        if reason:
+            return None
+        x = x if x.dtype == packing.arithmetic.dtype else x.to(packing.arithmetic.dtype)
+        return _NETWORK(x, packing.packed, packing.plan)
 
     def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
         if is_compiling():
@@ -237,15 +270,17 @@ class FusedChain:
                 return "gradients are asked for", None
             if x.requires_grad:
                 return "gradients are asked for", None
-        packing = self._packing
-        if packing is None or not packing.current():
+        packing, asked = self._packing, arithmetic(x)
+        if packing is None or not packing.current(asked):
             with self._lock, torch.no_grad():
                 packing = self._packing  # another thread may have been here first
-                if packing is None or not packing.current():
-                    packing = self._packing = _Packing(root, self._parts, self._describe)
+                if packing is None or not packing.current(asked):
+                    packing = self._packing = _Packing(root, self._parts, self._describe, asked)
         if packing.reason:
             return packing.reason, None
-        if x.dtype != packing.dtype or x.shape[1] != packing.plan[2]:
+        if asked.device == "cuda" and x.device != packing.packed.device:
+            return f"the input is on {x.device}, the weights are on {packing.packed.device}", None
+        if (x.dtype != packing.dtype and not asked.autocast) or x.shape[1] != packing.plan[2]:
             return f"the input has {x.shape[1]} channels of {x.dtype}, not {packing.plan[2]} of {packing.dtype}", None
         if global_hooks():
             return "there are global forward hooks", None
@@ -260,10 +295,12 @@ def why_no_op(x: Tensor) -> str:
     if is_exporting() or (not is_compiling() and _is_tracing()):
         return "the model is being traced or exported"
     plain = is_compiling() or (type(x) in (Tensor, nn.Parameter) and 0 not in x.shape[1:])
-    if not plain or x.dim() != 4 or x.device.type != "cpu":
-        return "the input is no plain CPU tensor [N, C, H, W] with pixels"
-    if is_autocast_enabled("cpu"):
+    if not plain or x.dim() != 4 or ops.device_type(x) not in ops.DTYPES:
+        return "the input is no plain tensor [N, C, H, W] with pixels on the CPU or a CUDA device"
+    if ops.device_type(x) == "cpu" and is_autocast_enabled("cpu"):
         return "autocast asks for another dtype"
+    if x.is_cuda and (reason := ops.no_cuda()):
+        return f"mnv2_fused was built without CUDA: {reason}"
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a function transform or forward-mode derivatives are at work"
     return ""

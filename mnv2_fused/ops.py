@@ -6,6 +6,7 @@ weights that `pack` has laid out for one kernel; network.py writes the plans. Th
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -92,11 +93,20 @@ def inverted_residual(
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual)
         return inverted_residual_reference(*arguments, **options, project_relu6=project_relu6)
-    tf32 = x.is_cuda and torch.backends.cudnn.allow_tf32
-    return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6, tf32)
+    return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6, uses_tf32(x))
 
 
-_DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
+DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
+
+
+def device_type(x: Tensor) -> str:
+    """The device for which there are kernels or not; tests that emulate one put it here."""
+    return x.device.type
+
+
+def uses_tf32(x: Tensor) -> bool:
+    """Whether products of x are rounded to TF32 on the way, as torch's convolutions do it."""
+    return device_type(x) == "cuda" and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
 
 
 def _fits(shape: torch.Size, expected: tuple[object, ...]) -> bool:
@@ -122,11 +132,11 @@ def _output_shape(
     """The shape of the result; ValueError where an argument does not fit the others."""
     if not isinstance(x, Tensor) or x.dim() != 4:
         raise ValueError(f"x must be a tensor [N, C, H, W], got {list(x.shape) if isinstance(x, Tensor) else x!r}")
-    if x.device.type not in ("cpu", "cuda", "meta"):
+    if device_type(x) not in ("cpu", "cuda", "meta"):
         raise ValueError(f"x must be on the CPU or a CUDA device, which there are kernels for, got {x.device}")
-    if x.device.type == "cuda" and (reason := _C.build_report()["no_cuda"]):
+    if x.is_cuda and (reason := no_cuda()):
         raise ValueError(f"x is on {x.device}, but mnv2_fused was built without CUDA: {reason}")
-    dtypes = _DTYPES["cuda" if x.device.type == "cuda" else "cpu"]
+    dtypes = DTYPES["cuda" if device_type(x) == "cuda" else "cpu"]
     if x.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"x must be {names}, which there are kernels for, got {x.dtype}")
@@ -337,8 +347,17 @@ class Layer(NamedTuple):
 CONV3X3, BLOCK, POINTWISE, POOL, LINEAR = range(5)
 
 
-def make_plan(layers: list[Layer], dtype: torch.dtype) -> list[int]:
+# What a plan for CUDA begins with: cuda::Type of csrc/cuda/launch.h.
+_CUDA_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 3}
+_TF32 = 2
+
+
+def make_plan(layers: list[Layer], dtype: torch.dtype, device: str = "cpu", tf32: bool = False) -> list[int]:
     """The plan that runs `layers` on the kernel selected for `dtype` now. ValueError where there is none."""
+    if device == "cuda":
+        if dtype not in _CUDA_TYPES:
+            raise ValueError(f"there are CUDA kernels for float16, bfloat16 and float32, not for {dtype}")
+        return [_TF32 if tf32 else _CUDA_TYPES[dtype], *(n for layer in layers for n in layer)]
     names = [kernel.name for kernel in kernels()]
     return [names.index(selected_kernel(dtype)), *(n for layer in layers for n in layer)]
 
@@ -407,9 +426,15 @@ def selected_kernel(dtype: torch.dtype = torch.float32) -> str:
     return _C.select(str(dtype).removeprefix("torch."))
 
 
+@functools.cache
+def no_cuda() -> str:
+    """Why there are no CUDA kernels in this build, "" where there are."""
+    return _C.build_report()["no_cuda"]
+
+
 def why_no_cuda() -> str:
     """Why CUDA tensors cannot be computed on here, "" where they can be."""
-    if reason := _C.build_report()["no_cuda"]:
+    if reason := no_cuda():
         return f"mnv2_fused was built without: {reason}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without"

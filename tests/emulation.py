@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.c*"))
+SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.c*")), ROOT / "csrc/cpu/pack.cpp"]
 FLAGS = "-O2 -g -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Werror -DMNV2_EMULATED"
 
 

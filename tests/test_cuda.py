@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import emulation
@@ -17,7 +18,7 @@ import torch
 from blocks import Block, network_blocks
 from torch import Tensor
 
-from mnv2_fused import ops
+from mnv2_fused import MobileNetV2, network, ops
 
 # How far from float64 a result may be, in the norm over all elements.
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2, "tf32": 1e-3, "float32": 1e-5}
@@ -63,6 +64,19 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
         return op(*tensors, *raw(block), kind == "tf32").cpu()
 
     return call
+
+
+@pytest.fixture
+def emulated_device(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules take CPU tensors for those of a GPU, and the ops run on the emulated one."""
+    monkeypatch.setattr(ops, "device_type", lambda x: "cuda")
+    library = torch.library.Library("mnv2_fused", "IMPL")
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, op = name.split("::")
+        if namespace == "mnv2_emulated":
+            library.impl(op, getattr(torch.ops.mnv2_emulated, op).default, "CPU", allow_override=True)
+    yield
+    library._destroy()
 
 
 def check(run: Run, block: Block, kind: str) -> None:
@@ -144,6 +158,74 @@ def test_no_image(run: Run) -> None:
     assert run(Block(8, 16, 8, 5, 5, batch=0), "float16").shape == (0, 8, 5, 5)
 
 
+def trained(model: MobileNetV2) -> MobileNetV2:
+    """With statistics and scales as training leaves them, in eval mode."""
+    generator = torch.Generator().manual_seed(1)
+    for bn in model.modules():
+        if isinstance(bn, torch.nn.BatchNorm2d):
+            for tensor, low, high in ((bn.running_mean, -0.2, 0.2), (bn.running_var, 0.5, 2), (bn.bias, -0.3, 0.3)):
+                tensor.data.uniform_(low, high, generator=generator)
+    return model.eval()
+
+
+MODELS = {  # arguments and the size of the input
+    "small": (dict(width_mult=0.35, num_classes=10), (2, 3, 32, 32)),
+    "odd sizes": (dict(width_mult=0.35, num_classes=7), (3, 3, 45, 33)),
+    "one channel, no classifier": (dict(width_mult=0.5, num_classes=0, in_channels=1), (1, 1, 33, 64)),
+    "a stem by itself": (
+        dict(inverted_residual_setting=[(6, 16, 1, 2), (6, 24, 2, 2)], num_classes=100),
+        (1, 3, 40, 40),
+    ),
+    "a large map": (dict(inverted_residual_setting=[(1, 8, 1, 1)], num_classes=5, width_mult=0.35), (2, 3, 46, 46)),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_models(emulated_device: None, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole network, and its features, as one op: any layout of the image, twice with the same result."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", kind == "tf32")
+    options, size = MODELS[name]
+    torch.manual_seed(0)
+    model, x = trained(MobileNetV2(**options)), torch.randn(size)
+    exact = copy.deepcopy(model).double()
+    exact.fused = False
+    model, x = model.to(dtype_of(kind)), x.to(dtype_of(kind))
+    for image in (x, x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, : size[1]]):
+        assert model.why_not_fused(image) == ""
+        y = model(image)
+        truth = exact(image.double())
+        assert y.dtype == x.dtype and float((y.double() - truth).norm() / truth.norm()) <= TOLERANCE[kind]
+        assert torch.equal(model(image), y)
+        features = model.forward_features(image)
+        truth = exact.forward_features(image.double())
+        assert float((features.double() - truth).norm() / truth.norm()) <= TOLERANCE[kind]
+    assert model(x[:0]).shape == (0, y.shape[1])
+
+
+@torch.no_grad()
+def test_a_model_follows_its_weights_autocast_and_tf32(emulated_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = trained(MobileNetV2(width_mult=0.35, num_classes=4)), torch.randn(1, 3, 32, 32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    exact = model(x)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert not torch.equal(model(x), exact)
+    monkeypatch.setattr(network, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(network, "get_autocast_dtype", lambda device: torch.bfloat16)
+    y = model(x)  # weights rounded once, after the BatchNorms are folded in
+    assert y.dtype == torch.bfloat16 and torch.equal(model(x.bfloat16()), y)
+    assert torch.allclose(y, copy.deepcopy(model).bfloat16()(x.bfloat16()), atol=1e-2) and torch.allclose(
+        y.float(), exact, atol=1e-2
+    )
+    monkeypatch.undo()
+    model.classifier[1].bias += 1
+    monkeypatch.setattr(ops, "device_type", lambda x: "cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert torch.allclose(model(x), exact + 1)
+    assert "no kernel for torch.float64" in model.double().why_not_fused(x.double())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -163,7 +245,7 @@ def test_what_does_not_fit_is_named(emulated: None, change: dict[str, object], m
 
 
 def test_a_cuda_tensor_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops._C, "build_report", lambda: {"cuda": "", "no_cuda": "no nvcc was found"})
+    monkeypatch.setattr(ops, "no_cuda", lambda: "no nvcc was found")
     assert ops.why_no_cuda() == "mnv2_fused was built without: no nvcc was found"
 
 

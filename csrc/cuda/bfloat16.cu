@@ -1,4 +1,4 @@
-#include "block-inl.h"
+#include "launches-inl.h"
 
 const mnv2_fused::cuda::Launches mnv2_fused::cuda::bfloat16 =
     mnv2_fused::cuda::launches<mnv2_fused::device::Bfloat16>();

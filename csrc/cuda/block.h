@@ -1,7 +1,8 @@
 // The inverted residual of inverted_residual.h on a GPU: one block of threads makes a tile of the output. It keeps the
 // tile's part of x in shared memory, and for a chunk of hidden channels at a time
 //
-//     h = relu6(x . We + be)   tensor cores, into shared memory: the pixels of the tile and those around it
+//     h = relu6(x . We + be)   tensor cores, into shared memory: the pixels of the tile and those around it; of the
+//                              stem, x are patches of the image
 //     d = relu6(h * Wd + bd)   tensor cores, in registers: nine products with the taps as diagonal matrices, one for
 //                              each tap, whose rows ldmatrix gathers; the fragment that comes out is the one that
 //     y += d . Wp              takes, so d goes nowhere
@@ -29,6 +30,7 @@ struct BlockArgs {
   int batch, height, width, in_channels, hidden_channels, out_channels, out_height, out_width;
   int stride, dilation, pad_left, pad_top;
   bool residual, relu6, x_aligned;
+  Patches patches;
   int tile_height, tile_width, images;  // of a tile of outputs
   int tiles_y, tiles_x, splits;
   int h_height, h_width;  // of the rectangle of h that a tile reads
@@ -38,7 +40,7 @@ struct BlockArgs {
   int x_pitch, x_offset, h_offset, blob_offset, row_offset, shared_bytes;  // in bytes of shared memory
 };
 
-template <class T, bool Expand, int NT>
+template <class T, Source S, int NT>
 struct BlockKernel {
   using Args = BlockArgs;
   using M = Math<T>;
@@ -87,9 +89,16 @@ struct BlockKernel {
     const auto pixel = [&](int i) {  // of x, by its place among those that the tile reads
       return (int64_t(image0 + i / area) * a.height + y0 + i % area / wide) * a.width + x0 + i % wide;
     };
-    if (Expand) {
-      copy_rows<T>(a.x, a.in_channels, 0, a.packing.in_channels, a.x_aligned, count, pixel,
-                   [&](int i) { return xs + i * a.x_pitch; });
+    if constexpr (S != Source::kCopy) {
+      const auto to = [&](int i) { return xs + i * a.x_pitch; };
+      if constexpr (S == Source::kPatches) {
+        const auto locate = [&](int i, int* image, int* y, int* x) {
+          *image = image0 + i / area, *y = y0 + i % area / wide, *x = x0 + i % wide;
+        };
+        copy_patches<T>(a.x, a.patches, 0, a.packing.in_channels, count, locate, to);
+      } else {
+        copy_rows<T>(a.x, a.in_channels, 0, a.packing.in_channels, a.x_aligned, count, pixel, to);
+      }
     }
     fetch(chunk0);
     commit_copies();
@@ -120,7 +129,7 @@ struct BlockKernel {
         commit_copies();
       }
       const char* const blob = blobs + (chunk - chunk0) % a.stages * a.packing.blob_bytes;
-      if (Expand) {
+      if constexpr (S != Source::kCopy) {
         expand(a, xs, blob, hs, rows, count, warp, warps, lane);
       } else {
         copy_rows<T>(a.x, a.in_channels, chunk * kChunk, kChunk, a.x_aligned, count, pixel,

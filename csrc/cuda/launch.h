@@ -50,18 +50,55 @@ constexpr Packing packing(Type type, bool expand, int in_channels, int hidden_ch
   return p;
 }
 
-// A block and the tensors' sizes, as inverted_residual.h has them.
+// Where the rows of a product come from: a tensor, NHWC, or the 3x3 patches of an image with any strides, whose values
+// stand in the order (channel, ky, kx), as in PyTorch's weight.
+struct Patches {
+  int channels, height, width, out_height, out_width, stride, pad_left, pad_top;
+  int64_t stride_batch, stride_channel, stride_row, stride_column;  // in elements
+};
+
+// What makes a block's h: x as it is, its expansion, or the stem before the block, whose expansion is the dense 3x3.
+enum class Source : int { kCopy, kExpand, kPatches };
+
+// A block and the tensors' sizes, as inverted_residual.h has them. With patches, height and width are those of h, and
+// in_channels the values of a patch.
 struct Block {
   Type type;
+  Source source;
   int batch, height, width, in_channels, hidden_channels, out_channels, out_height, out_width;
   int stride, dilation, pad_left, pad_top;
-  bool expand, residual, relu6;
+  bool residual, relu6;
+  Patches patches;
 };
 
 // Weights as PyTorch has them, the first two null without an expansion; biases may be null for zeros.
 struct Weights {
   const void *expand, *expand_bias, *depthwise, *depthwise_bias, *project, *project_bias;
 };
+
+// y = x . W^T + bias of rows of x: a 1x1 convolution, the classifier, or of patches a dense 3x3.
+struct Dense {
+  Type type;
+  bool of_patches;
+  int rows, in_channels, out_channels;
+  bool relu6;
+  int pool;  // so many rows, an image's, make one row of y, their mean; 0: every row is one
+  Patches patches;
+};
+
+// Its packed weight: rows `row_bytes` long, the rest of which is 0, and then the bias, float.
+struct DensePacking {
+  int row_bytes;
+  int64_t bias, bytes;  // offset and size
+};
+
+constexpr DensePacking packing(Type type, int in_channels, int out_channels) {
+  DensePacking p{};
+  p.row_bytes = round_up(in_channels * element_size(type), Packing::kChunkBytes);
+  p.bias = int64_t(p.row_bytes) * out_channels;
+  p.bytes = p.bias + round_up(out_channels * 4, 16);
+  return p;
+}
 
 // What of a device the choice of tiles depends on.
 struct Limits {
@@ -77,32 +114,48 @@ struct Tile {
   int m_warps, n_warps, n_tiles;  // warps by pixels and by channels; 8 channels each, a warp's
   int stages, splits;             // blobs of weights in shared memory
   int tiles, shared_bytes;
-  int64_t partial_bytes;  // of the workspace, with `tiles` counters of 4 bytes before it, which are 0
+  int64_t
+      partial_bytes;  // of partial sums, where there are splits; and `tiles` counters of 4 bytes, 0 before and after
 };
 
 // The largest n_tiles that there are kernels for.
 constexpr int kMaxTiles = 20;
 
+// How a product is cut up: a block of threads takes `rows` rows, 32 a warp at a time, and n_tiles * 8 columns a warp;
+// the warps along k share out the sums, which are added in their order.
+struct DenseTile {
+  int m_warps, n_warps, k_warps, n_tiles, stages;
+  int rows, blocks_m, blocks_n, shared_bytes;  // blocks_m is 0 where none fits
+};
+
+// The n_tiles of a product that there are kernels for, and the shared memory that holds the sums of its means.
+constexpr int kDenseTiles[] = {2, 8};
+constexpr int sums_bytes(const Dense& d, const DenseTile& t) {
+  return d.pool ? t.rows / d.pool * t.n_warps * t.n_tiles * 8 * 4 : 0;
+}
+
 // The tile with the least work for the busiest processor. `tiles` is 0 where no tile fits in shared memory.
 Tile choose_tile(const Block& block, const Limits& limits);
 // The same for one way of cutting; false where it does not fit.
 bool fill_tile(const Block& block, const Limits& limits, Tile* tile);
+DenseTile choose_tile(const Dense& dense, const Limits& limits);
 
 // The launches of one type, each compiled by itself.
 struct Launches {
   int (*pack)(const Block&, const Weights&, bool float_source, void* packed, void* stream);
-  int (*block)(const Block&, const Tile&, const void* x, const void* packed, void* y, void* workspace, void* stream);
+  int (*pack_dense)(const Dense&, const void* weight, const void* bias, bool float_source, void* packed, void* stream);
+  int (*block)(const Block&, const Tile&, const void* x, const void* packed, void* y, void* counters, void* partial,
+               void* stream);
+  int (*dense)(const Dense&, const DenseTile&, const void* x, const void* packed, void* y, void* stream);
+  int (*pool)(const void* x, int batch, int pixels, int channels, void* y, void* stream);
 };
 extern const Launches half, bfloat16, tf32, single;
-
-// `float_source`: weights are float, whatever the type; else of its element type.
-int pack(const Block& block, const Weights& weights, bool float_source, void* packed, void* stream);
-int block(const Block& block, const Tile& tile, const void* x, const void* packed, void* y, void* workspace,
-          void* stream);
+const Launches& launches_of(Type type);
 
 // --- runtime.cu
 
 int limits_of(int device, Limits* limits);
+int clear(void* memory, int64_t bytes, void* stream);
 const char* error_text(int error);
 
 }  // namespace mnv2_fused::cuda

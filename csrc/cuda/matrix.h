@@ -4,6 +4,7 @@
 #pragma once
 
 #include "device.h"
+#include "launch.h"
 
 namespace mnv2_fused::cuda {
 
@@ -267,6 +268,29 @@ MNV2_DEVICE void copy_rows(const char* x, int tensor_channels, int first, int ch
     }
     MNV2_UNROLL for (int j = 0; j < kUnit; ++j) {
       M::store(target, j, first + channel + j < tensor_channels ? M::load(x, at + j) : 0);
+    }
+  }
+}
+
+// Values [first, first + values) of `count` patches of an image; zeros around it. locate(i) gives a patch's image, row
+// and column, to(i) its place.
+template <class T, class Locate, class To>
+MNV2_DEVICE void copy_patches(const char* image, const Patches& p, int first, int values, int count,
+                              const Locate& locate, const To& to) {
+  using M = Math<T>;
+  for (int i = thread_index(); i < count; i += thread_count()) {
+    int n, y, x;
+    locate(i, &n, &y, &x);
+    const int top = y * p.stride - p.pad_top, left = x * p.stride - p.pad_left;
+    char* const target = to(i);
+    for (int channel = first / 9; channel * 9 < first + values; ++channel) {
+      const int64_t at = n * p.stride_batch + channel * p.stride_channel;
+      MNV2_UNROLL for (int j = 0; j < 9; ++j) {
+        const int value = channel * 9 + j - first, row = top + j / 3, column = left + j % 3;
+        if (value < 0 || value >= values) continue;
+        const bool inside = channel < p.channels && row >= 0 && row < p.height && column >= 0 && column < p.width;
+        M::store(target, value, inside ? M::load(image, at + row * p.stride_row + column * p.stride_column) : 0);
+      }
     }
   }
 }

@@ -4,9 +4,13 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <array>
+#include <deque>
+#include <memory>
+#include <mutex>
 
-#include "../tensors.h"
-#include "launch.h"
+#include "../plan.h"
+#include "network.h"
 
 namespace mnv2_fused {
 namespace {
@@ -20,6 +24,8 @@ struct Device {
   void* stream() const { return nullptr; }
   int index() const { return 0; }
 };
+
+bool on_device(const Tensor& t) { return t.is_cpu(); }
 
 #else
 
@@ -45,6 +51,8 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+bool on_device(const Tensor& t) { return t.is_cuda(); }
+
 #endif
 
 void check(int error) { STD_TORCH_CHECK(error == 0, "CUDA: ", cuda::error_text(error)); }
@@ -66,65 +74,166 @@ Tensor bytes(int64_t count, const Tensor& like) {
   return torch::stable::empty({count}, ScalarType::Byte, std::nullopt, like.device(), std::nullopt, std::nullopt);
 }
 
-Tensor inverted_residual(const Tensor& input, const std::optional<Tensor>& expand_weight,
+// An index of a plan, which says how numbers are stored and multiplied.
+ScalarType scalar_type(Type type) {
+  if (type == Type::kHalf) return ScalarType::Half;
+  return type == Type::kBfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
+struct Plan {
+  Type type;
+  std::vector<Layer> layers;
+  std::vector<cuda::Step> steps;
+  int64_t packed_bytes;
+
+  explicit Plan(const std::vector<int64_t>& integers) : layers(parse_layers(integers)) {
+    STD_TORCH_CHECK(integers[0] >= 0 && integers[0] <= int(Type::kFloat),
+                    "a plan for CUDA begins with 0 (float16), 1 (bfloat16), 2 (tf32) or 3 (float32), got ",
+                    integers[0]);
+    type = Type(integers[0]);
+    steps = cuda::steps_of(type, layers, &packed_bytes);
+  }
+};
+
+cuda::Limits limits_of(const Device& device) {
+  cuda::Limits limits{};
+  check(cuda::limits_of(device.index(), &limits));
+  limits.shared_bytes = std::min(limits.shared_bytes, cuda::kSharedBytes);
+  return limits;
+}
+
+// A plan's program for one size of x on one device; the last few are kept.
+struct Prepared {
+  std::vector<int64_t> integers;
+  std::array<int64_t, 4> size;  // of x, and its device
+  Plan plan;
+  cuda::Program program;
+};
+
+std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, const Tensor& x, const Device& device) {
+  static std::mutex mutex;
+  static std::deque<std::shared_ptr<const Prepared>> recent;
+  constexpr size_t kKept = 64;
+  const std::array<int64_t, 4> size = {x.size(0), x.size(2), x.size(3), device.index()};
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& p : recent) {
+      if (p->size == size && p->integers == integers) return p;
+    }
+  }
+  Plan plan(integers);
+  cuda::Program program;
+  const auto in_range = [](int64_t n) { return n > 0 && n < (1 << 30); };
+  STD_TORCH_CHECK(in_range(size[1]) && in_range(size[2]), "x must have a height and a width of at least 1, got ",
+                  shape_of(x));
+  if (size[0] == 0) {  // only the shape of the result
+    program = cuda::schedule(plan.steps, 1, size[1], size[2], limits_of(device));
+  } else {
+    program = cuda::schedule(plan.steps, size[0], size[1], size[2], limits_of(device));
+  }
+  STD_TORCH_CHECK(program.out_height > 0 && program.out_width > 0, "x of shape ", shape_of(x),
+                  " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
+  const auto made = std::make_shared<const Prepared>(Prepared{integers, size, std::move(plan), std::move(program)});
+  const std::lock_guard<std::mutex> lock(mutex);
+  recent.push_front(made);
+  if (recent.size() > kKept) recent.pop_back();
+  return made;
+}
+
+Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed, const Device& device) {
+  const Plan& plan = prepared.plan;
+  const cuda::Program& program = prepared.program;
+  STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
+                  " channels, got ", shape_of(input));
+  const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
+  const Tensor x = any_strides ? input : torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const Tensor y = program.flat ? new_tensor({x.size(0), program.out_channels}, x, MemoryFormat::Contiguous)
+                                : new_tensor({x.size(0), program.out_channels, program.out_height, program.out_width},
+                                             x, MemoryFormat::ChannelsLast);
+  if (x.size(0) == 0) return y;
+  const Tensor workspace = bytes(program.workspace_bytes(), x);
+  cuda::Patches image{};
+  image.stride_batch = x.stride(0), image.stride_channel = x.stride(1);
+  image.stride_row = x.stride(2), image.stride_column = x.stride(3);
+  check(cuda::run(program, x.data_ptr(), image, packed, y.data_ptr(), workspace.data_ptr(), device.stream()));
+  return y;
+}
+
+// Weights are float32, and rounded here, or already what the plan computes in.
+Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
+  const Plan plan(integers);
+  STD_TORCH_CHECK(weights.dim() == 1 && weights.is_contiguous() && on_device(weights),
+                  "weights must be one dense row on the device, got ", shape_of(weights));
+  const ScalarType type = weights.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == scalar_type(plan.type),
+                  "weights must be float32 or of the dtype that the plan computes in");
+  int64_t size = 0;
+  for (const Layer& layer : plan.layers) {
+    for (const int64_t n : weight_sizes(layer)) size += n;
+  }
+  STD_TORCH_CHECK(weights.numel() == size, "weights must have ", size, " elements for this plan, got ",
+                  weights.numel());
+  const Device device(weights);
+  const Tensor packed = bytes(plan.packed_bytes, weights);
+  std::vector<const void*> pointers;
+  const char* from = static_cast<const char*>(weights.data_ptr());
+  for (const Layer& layer : plan.layers) {
+    for (const int64_t n : weight_sizes(layer)) {
+      pointers.push_back(from);
+      from += n * int64_t(weights.element_size());
+    }
+  }
+  check(cuda::pack(plan.steps, pointers.data(), type == ScalarType::Float, packed.data_ptr(), device.stream()));
+  return packed;
+}
+
+Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
+  const Device device(x);
+  const auto prepared = prepare(integers, x, device);
+  const Plan& plan = prepared->plan;
+  STD_TORCH_CHECK(x.scalar_type() == scalar_type(plan.type), "x must be of the dtype that the plan computes in");
+  STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == plan.packed_bytes && packed.is_contiguous() &&
+                      packed.scalar_type() == ScalarType::Byte && packed.device() == x.device(),
+                  "packed must be what mnv2_fused::pack returned for this plan: ", plan.packed_bytes,
+                  " bytes on the device of x");
+  return execute(*prepared, x, packed.data_ptr(), device);
+}
+
+Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_weight,
                          const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight,
                          const Tensor& depthwise_bias, const Tensor& project_weight, const Tensor& project_bias,
                          int64_t stride, int64_t dilation, std::vector<int64_t> padding, bool residual,
                          bool project_relu6, bool tf32) {
-  const Type type = type_of(input, tf32);
-  const BlockWeights w(input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight,
-                       project_bias, padding);
+  const Type type = type_of(x, tf32);
+  const BlockWeights w(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
+                       padding);
   check_options(w.in, w.hidden, w.out, stride, dilation, padding);
-  STD_TORCH_CHECK(w.expand || w.hidden == w.in, "without an expansion there are as many hidden channels as x has");
-  const Tensor x = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
-  const int64_t out_height = out_extent(height, padding[2] + padding[3], stride, dilation);
-  const int64_t out_width = out_extent(width, padding[0] + padding[1], stride, dilation);
-  STD_TORCH_CHECK(height > 0 && width > 0 && out_height > 0 && out_width > 0, "x of shape ", shape_of(x),
-                  " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
-  STD_TORCH_CHECK(batch * std::max(height * width, out_height * out_width) <= INT32_MAX,
-                  "x must have less than 2^31 pixels, got ", shape_of(x));
-  STD_TORCH_CHECK(!residual || (w.in == w.out && out_height == height && out_width == width),
-                  "a residual needs an output of the shape of x, ", shape_of(x));
-  const Tensor y = new_tensor({batch, w.out, out_height, out_width}, x, MemoryFormat::ChannelsLast);
-  if (batch == 0) return y;
-
   const Device device(x);
-  const cuda::Block block{type,          int(batch),      int(height),     int(width),     int(w.in),
-                          int(w.hidden), int(w.out),      int(out_height), int(out_width), int(stride),
-                          int(dilation), int(padding[0]), int(padding[2]), w.expand,       residual,
-                          project_relu6};
-  cuda::Limits limits{};
-  check(cuda::limits_of(device.index(), &limits));
-  limits.shared_bytes = std::min(limits.shared_bytes, cuda::kSharedBytes);
-  const cuda::Tile tile = cuda::choose_tile(block, limits);
-  STD_TORCH_CHECK(tile.tiles, "no tile of a block with ", w.in, ", ", w.hidden, " and ", w.out, " channels, dilation ",
-                  dilation, ", fits in ", limits.shared_bytes, " bytes of shared memory");
-  void* const stream = device.stream();
-  const Tensor packed =
-      bytes(cuda::packing(type, w.expand, block.in_channels, block.hidden_channels, block.out_channels).bytes, x);
-  const Tensor workspace = bytes(cuda::round_up(tile.tiles * 4, 128) + tile.partial_bytes, x);
-  if (tile.splits > 1) {
-    Tensor counters = workspace;
-    counters = torch::stable::narrow(counters, 0, 0, int64_t(tile.tiles) * 4);
-    torch::stable::zero_(counters);
-  }
-  const std::vector<const void*> p = w.pointers();
-  const void* const* rest = p.data() + 2 * w.expand;
-  const cuda::Weights weights{w.expand ? p[0] : nullptr, w.expand ? p[1] : nullptr, rest[0], rest[1], rest[2], rest[3]};
-  check(cuda::pack(block, weights, x.scalar_type() == ScalarType::Float, packed.data_ptr(), stream));
-  check(cuda::block(block, tile, x.data_ptr(), packed.data_ptr(), y.data_ptr(), workspace.data_ptr(), stream));
-  return y;
+  const auto prepared = prepare({int64_t(type), Layer::kBlock, w.in, w.hidden, w.out, stride, dilation, padding[0],
+                                 padding[1], padding[2], padding[3], w.expand, residual, project_relu6},
+                                x, device);
+  const Plan& plan = prepared->plan;
+  const Tensor packed = bytes(plan.packed_bytes, x);
+  const bool float_source = x.scalar_type() == ScalarType::Float;
+  check(cuda::pack(plan.steps, w.pointers().data(), float_source, packed.data_ptr(), device.stream()));
+  return execute(*prepared, x, packed.data_ptr(), device);
 }
 
 }  // namespace
 }  // namespace mnv2_fused
 
 #ifdef MNV2_EMULATED
-STABLE_TORCH_LIBRARY(mnv2_emulated, m) { m.def(MNV2_INVERTED_RESIDUAL); }
+STABLE_TORCH_LIBRARY(mnv2_emulated, m) {
+  m.def(MNV2_INVERTED_RESIDUAL);
+  m.def(MNV2_PACK);
+  m.def(MNV2_NETWORK);
+}
 STABLE_TORCH_LIBRARY_IMPL(mnv2_emulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {
 #endif
   m.impl("inverted_residual", TORCH_BOX(&mnv2_fused::inverted_residual));
+  m.impl("pack", TORCH_BOX(&mnv2_fused::pack_plan));
+  m.impl("network", TORCH_BOX(&mnv2_fused::network));
 }

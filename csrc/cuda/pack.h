@@ -69,4 +69,35 @@ struct PackKernel {
   }
 };
 
+struct PackDenseArgs {
+  const void *weight, *bias;
+  char* to;
+  DensePacking packing;
+  int in_channels, out_channels;
+};
+
+// Of a Dense: a block of threads for 32 rows.
+template <class T, class Source>
+struct PackDenseKernel {
+  using Args = PackDenseArgs;
+  using M = Math<T>;
+  using S = Math<Source>;
+  static constexpr int kMaxThreads = 256, kMinBlocks = 1;
+
+  static MNV2_DEVICE void run(const PackDenseArgs& a) {
+    const int row_values = a.packing.row_bytes / M::kSize, first = block_x() * 32;
+    const int rows = min_of(32, a.out_channels - first);
+    for (int i = thread_index(); i < rows * row_values; i += thread_count()) {
+      const int row = first + i / row_values, k = i % row_values;
+      float v = k < a.in_channels ? S::load(static_cast<const char*>(a.weight), int64_t(row) * a.in_channels + k) : 0;
+      if constexpr (M::kRounds) v = round_tf32(v);
+      M::store(a.to, int64_t(row) * row_values + k, v);
+    }
+    float* const bias = reinterpret_cast<float*>(a.to + a.packing.bias);
+    for (int i = thread_index(); i < rows; i += thread_count()) {
+      bias[first + i] = a.bias ? S::load(static_cast<const char*>(a.bias), first + i) : 0;
+    }
+  }
+};
+
 }  // namespace mnv2_fused::cuda

@@ -1,3 +1,3 @@
-#include "block-inl.h"
+#include "launches-inl.h"
 
 const mnv2_fused::cuda::Launches mnv2_fused::cuda::tf32 = mnv2_fused::cuda::launches<mnv2_fused::device::Tf32>();

@@ -1,0 +1,55 @@
+// The layers of a plan (ops.py writes it) from its integers, checked; all that runs a plan begins here.
+#pragma once
+
+#include "tensors.h"
+
+namespace mnv2_fused {
+
+#define MNV2_PACK "pack(Tensor weights, int[] plan) -> Tensor"
+#define MNV2_NETWORK "network(Tensor x, Tensor packed, int[] plan) -> Tensor"
+
+// Without the first integer, which says what runs them.
+inline std::vector<Layer> parse_layers(const std::vector<int64_t>& plan) {
+  const int64_t fields = Layer::kFields, count = int64_t(plan.size()) - 1;
+  STD_TORCH_CHECK(count >= fields && count % fields == 0, "plan must be a kernel's index and ", fields,
+                  " integers for each layer, got ", plan.size(), " integers");
+  STD_TORCH_CHECK(count / fields <= 4096, "plan has ", count / fields, " layers, at most 4096 are allowed");
+  std::vector<Layer> layers;
+  int64_t channels = -1;
+  bool pooled = false;
+  for (int64_t at = 1; at < int64_t(plan.size()); at += fields) {
+    const int64_t* f = &plan[at];
+    const Layer l = {f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], f[10], f[11], f[12]};
+    const int64_t index = (at - 1) / fields;
+    const auto check = [&](bool ok, const char* what) { STD_TORCH_CHECK(ok, "layer ", index, " of the plan: ", what); };
+    const auto size = [](int64_t n) { return n >= 1 && n <= (1 << 20); };
+    const auto pad = [](int64_t n) { return n >= 0 && n <= (1 << 20); };
+    check(l.kind >= Layer::kConv3x3 && l.kind <= Layer::kLinear, "unknown kind");
+    check(size(l.in_channels) && size(l.out_channels), "channels must be 1 to 2^20");
+    check(channels < 0 || l.in_channels == channels, "in_channels differ from the layer before");
+    check(l.kind != Layer::kConv3x3 || index == 0, "a dense 3x3 must be the first layer");
+    check(l.kind != Layer::kLinear || (pooled && at + fields == int64_t(plan.size())),
+          "a linear layer must follow the pooling and be the last");
+    check(!pooled || l.kind == Layer::kLinear, "only a linear layer may follow the pooling");
+    check(l.kind != Layer::kPool || l.in_channels == l.out_channels, "pooling keeps the channels");
+    if (l.kind == Layer::kBlock || l.kind == Layer::kConv3x3) {
+      check(l.stride == 1 || l.stride == 2, "stride must be 1 or 2");
+      check(size(l.dilation) && (l.kind == Layer::kBlock || l.dilation == 1),
+            "dilation must be 1 to 2^20, and 1 of a dense 3x3");
+      check(pad(l.pad_left) && pad(l.pad_right) && pad(l.pad_top) && pad(l.pad_bottom), "padding must be 0 to 2^20");
+    }
+    if (l.kind == Layer::kBlock) {
+      check(size(l.hidden_channels), "hidden_channels must be 1 to 2^20");
+      check(l.expand || l.hidden_channels == l.in_channels, "without expansion hidden_channels are in_channels");
+      check(!l.residual || (l.stride == 1 && l.in_channels == l.out_channels &&
+                            l.pad_left + l.pad_right == 2 * l.dilation && l.pad_top + l.pad_bottom == 2 * l.dilation),
+            "a residual needs an output of the input's shape");
+    }
+    pooled = l.kind == Layer::kPool;
+    channels = l.out_channels;
+    layers.push_back(l);
+  }
+  return layers;
+}
+
+}  // namespace mnv2_fused
