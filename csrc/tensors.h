@@ -52,9 +52,15 @@ inline void check_shape(const Tensor& t, const char* name, const Tensor& x, cons
   STD_TORCH_CHECK(t.device() == x.device(), name, " must be on the device of x");
 }
 
-// A dense copy where the tensor is not dense, in the order in which its weights are packed.
+// A dense copy where the tensor is not dense, in the order in which its weights are packed. Beside an x of 16-bit
+// numbers it may be float32.
 inline Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
-  check_shape(t, name, x, expected);
+  if (x.element_size() == 2 && t.scalar_type() == ScalarType::Float) {
+    check_size(t, name, expected);
+    STD_TORCH_CHECK(t.device() == x.device(), name, " must be on the device of x");
+  } else {
+    check_shape(t, name, x, expected);
+  }
   return torch::stable::contiguous(t);
 }
 
@@ -134,11 +140,28 @@ struct BlockWeights {
   "depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, int[] padding, bool " \
   "residual, bool project_relu6, bool tf32=False) -> Tensor"
 
+// The passes of training over pixels. Activations are dense in channels_last where no copy is wanted. On the CPU all
+// tensors are of x's dtype; on CUDA coefficients, centers, gates, biases and weights are float32, whatever that is.
+#define MNV2_MOMENTS "moments(Tensor x, bool tf32=False) -> (Tensor, Tensor)"
+#define MNV2_CHANNEL_MOMENTS "channel_moments(Tensor x) -> (Tensor, Tensor)"
+#define MNV2_CHANNEL_PRODUCTS "channel_products(Tensor a, Tensor b, Tensor center, Tensor? gate) -> Tensor"
+#define MNV2_AFFINE "affine(Tensor a, Tensor? b, Tensor coefficients, Tensor? gate, bool relu6) -> Tensor"
+#define MNV2_MATRIX_ADD \
+  "matrix_add_(Tensor(a!) y, Tensor x, Tensor matrix, Tensor bias, Tensor? residual, bool tf32=False) -> ()"
+#define MNV2_FILTER_MOMENTS                                                                                        \
+  "filter_moments(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, int stride, int " \
+  "dilation, int[] padding, bool tf32=False) -> (Tensor, Tensor)"
+#define MNV2_BLOCK_GRADIENTS                                                                                          \
+  "block_gradients(Tensor dz, Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor " \
+  "project_weight, Tensor coefficients, int stride, int dilation, int[] padding, int wanted, bool tf32=False) -> "    \
+  "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+
 // The layer of one block for this input, checked as every plan is (ops.cpp).
 Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hidden, int64_t out, int64_t stride,
                   int64_t dilation, const std::vector<int64_t>& padding);
 
-// What of the results of block_gradients is wanted: bits, in their order.
-enum Wanted : int64_t { kDx = 1, kExpandGradient = 2, kDepthwiseGradient = 4, kProjectGradient = 8 };
+// What of the results of block_gradients is wanted: bits, in their order. The sums of ge come with the gradients of
+// expansion and filter; those of g with the projection's, or when they are asked for.
+enum Wanted : int64_t { kDx = 1, kExpandGradient = 2, kDepthwiseGradient = 4, kProjectGradient = 8, kSums = 16 };
 
 }  // namespace mnv2_fused

@@ -142,8 +142,13 @@ struct BlockKernel {
       const float* const bias = reinterpret_cast<const float*>(blob + a.packing.depthwise_bias);
       const char* const project = blob + a.packing.project + n0 * kPitch;
       MNV2_UNROLL for (int step = 0; step < kSteps; ++step) {
-        const auto d = M::filter(gather, step * 32, tap_row, tap_column, taps + step * M::kStep * M::kTapBytes,
-                                 bias + step * M::kStep, lane);
+        float sum[M::kStep / 8][4];
+        MNV2_UNROLL for (int j = 0; j < M::kStep / 8; ++j) {
+          sum[j][0] = sum[j][2] = bias[step * M::kStep + j * 8 + 2 * t];
+          sum[j][1] = sum[j][3] = bias[step * M::kStep + j * 8 + 2 * t + 1];
+        }
+        M::filter(sum, gather, step * 32, tap_row, tap_column, taps + step * M::kStep * M::kTapBytes, lane);
+        const auto d = M::relu6_as_a(sum, lane);
         MNV2_UNROLL for (int n = 0; n < NT; n += 2) {
           if (n0 + n * 8 >= a.packing.out_channels) break;
           const auto w = M::load_b(project + n * 8 * kPitch + step * 32, kPitch, lane);

@@ -10,10 +10,10 @@
 namespace mnv2_fused::cuda {
 
 struct DenseArgs {
-  const char *x, *weights;
+  const char *x, *weights, *residual;
   char* y;
   int rows, in_channels, out_channels, pool;
-  bool x_aligned, relu6;
+  bool x_aligned, relu6, add;
   Patches patches;
   DenseTile tile;
   DensePacking packing;
@@ -61,6 +61,8 @@ struct DenseKernel {
             if (column + i >= a.out_channels) continue;
             value[i] = acc[r / 2][j][r % 2 * 2 + i] + bias[column + i];
             if (a.relu6) value[i] = relu6(value[i]);
+            if (a.add) value[i] += M::load(a.y, at + column + i);
+            if (a.residual) value[i] += M::load(a.residual, at + column + i);
             if (a.out_channels % 2) M::store(a.y, at + column + i, value[i]);
           }
           if (a.out_channels % 2 == 0 && column < a.out_channels) M::store_pair(a.y, at + column, value[0], value[1]);

@@ -33,10 +33,12 @@ struct Tf32 {
 #include <cuda_runtime.h>
 #define MNV2_DEVICE __device__ __forceinline__
 #define MNV2_UNROLL _Pragma("unroll")
+#define MNV2_NO_UNROLL _Pragma("unroll 1")
 #else
 #include "host.h"
 #define MNV2_DEVICE inline
 #define MNV2_UNROLL
+#define MNV2_NO_UNROLL
 #endif
 
 #ifdef __CUDACC__
@@ -49,7 +51,13 @@ MNV2_DEVICE int thread_index() { return int(threadIdx.x); }
 MNV2_DEVICE int thread_count() { return int(blockDim.x); }
 MNV2_DEVICE int block_x() { return int(blockIdx.x); }
 MNV2_DEVICE int block_y() { return int(blockIdx.y); }
+MNV2_DEVICE int blocks_x() { return int(gridDim.x); }
 MNV2_DEVICE int blocks_y() { return int(gridDim.y); }
+// The same number, of which the compiler does not know that it is.
+MNV2_DEVICE int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 MNV2_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
@@ -133,6 +141,13 @@ MNV2_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_gene
 // Four 8x8 matrices of 16-bit (8x4 of 32-bit) numbers: lane i gives the address of row i % 8 of matrix i / 8, 16 bytes.
 MNV2_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// The same of 16-bit numbers, each matrix transposed.
+MNV2_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");

@@ -221,7 +221,9 @@ inline int thread_index() { return host::Block::current()->thread().index; }
 inline int thread_count() { return host::Block::current()->threads(); }
 inline int block_x() { return int(host::Block::current()->index().x); }
 inline int block_y() { return int(host::Block::current()->index().y); }
+inline int blocks_x() { return int(host::Block::current()->grid().x); }
 inline int blocks_y() { return int(host::Block::current()->grid().y); }
+inline int anew(int v) { return v; }
 inline char* shared_memory() { return host::Block::current()->shared(); }
 inline void sync() { host::Block::current()->sync(); }
 
@@ -329,6 +331,18 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   host::Block::current()->exchange(row, rows);
   const int lane = thread_index() % host::kLanes;
   for (int i = 0; i < 4; ++i) std::memcpy(&r[i], static_cast<const char*>(rows[i * 8 + lane / 4]) + lane % 4 * 4, 4);
+}
+
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) host::fail("a matrix's row is not aligned to 16 bytes");
+  const void* rows[host::kLanes];
+  host::Block::current()->exchange(row, rows);
+  const int lane = thread_index() % host::kLanes, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int j = 0; j < 2; ++j) std::memcpy(&pair[j], static_cast<const char*>(rows[i * 8 + 2 * t + j]) + g * 2, 2);
+    r[i] = pair[0] | uint32_t(pair[1]) << 16;
+  }
 }
 
 namespace host {

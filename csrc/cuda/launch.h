@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define MNV2_ANYWHERE __host__ __device__
+#else
+#define MNV2_ANYWHERE
+#endif
+
 namespace mnv2_fused::cuda {
 
 // How a layer's numbers are stored and multiplied. Sums are float in all of them.
@@ -28,9 +34,9 @@ struct Packing {
   int64_t bytes;
 };
 
-constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+MNV2_ANYWHERE constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 // Bytes from row to row of `bytes`: an odd number of 16.
-constexpr int odd_pitch(int bytes) {
+MNV2_ANYWHERE constexpr int odd_pitch(int bytes) {
   return (bytes / 16 | 1) * 16 < bytes ? (bytes / 16 | 1) * 16 + 32 : (bytes / 16 | 1) * 16;
 }
 
@@ -71,9 +77,15 @@ struct Block {
   Patches patches;
 };
 
-// Weights as PyTorch has them, the first two null without an expansion; biases may be null for zeros.
+// A tensor as PyTorch has it, float or of 16-bit numbers as the Type says.
+struct Numbers {
+  const void* data;
+  bool single;  // float
+};
+
+// The first two null without an expansion.
 struct Weights {
-  const void *expand, *expand_bias, *depthwise, *depthwise_bias, *project, *project_bias;
+  Numbers expand, expand_bias, depthwise, depthwise_bias, project, project_bias;
 };
 
 // y = x . W^T + bias of rows of x: a 1x1 convolution, the classifier, or of patches a dense 3x3.
@@ -83,6 +95,7 @@ struct Dense {
   int rows, in_channels, out_channels;
   bool relu6;
   int pool;  // so many rows, an image's, make one row of y, their mean; 0: every row is one
+  bool add;  // to what is in y, and to a residual, where there is one
   Patches patches;
 };
 
@@ -140,17 +153,115 @@ Tile choose_tile(const Block& block, const Limits& limits);
 bool fill_tile(const Block& block, const Limits& limits, Tile* tile);
 DenseTile choose_tile(const Dense& dense, const Limits& limits);
 
+// --- training: the passes of training.h
+
+// Packed weights of the passes: of every chunk its rows of the expansion [chunk][in] and of the projection transposed
+// [chunk][out], and the constants, taps as in Packing, bias of the expansion and six rows of coefficients, float; and
+// the expansion transposed, [in][hidden].
+struct TrainingPacking {
+  int chunks, expand_bytes, project_bytes, constant_bytes;  // of a row, a row, a chunk
+  int64_t project, constants, expand_back, bytes;           // the expansion is at 0
+  static constexpr int64_t expand = 0;
+};
+
+constexpr TrainingPacking training_packing(Type type, int in_channels, int hidden_channels, int out_channels) {
+  const int size = element_size(type), chunk = Packing::kChunkBytes / size;
+  TrainingPacking p{};
+  p.chunks = (hidden_channels + chunk - 1) / chunk;
+  p.expand_bytes = round_up(in_channels * size, Packing::kChunkBytes);
+  p.project_bytes = round_up(out_channels * size, Packing::kChunkBytes);
+  p.constant_bytes = chunk * (size == 2 ? 32 : 48) + 7 * chunk * 4;
+  p.project = int64_t(p.chunks) * chunk * p.expand_bytes;
+  p.constants = p.project + int64_t(p.chunks) * chunk * p.project_bytes;
+  p.expand_back = p.constants + int64_t(p.chunks) * p.constant_bytes;
+  p.bytes = p.expand_back + int64_t(round_up(in_channels, 16)) * p.chunks * Packing::kChunkBytes;
+  return p;
+}
+
+// The largest n_tiles of the gradient of x.
+constexpr int kMaxInputTiles = 8;
+
+enum class Pass : int { kMoments, kProject, kBelow, kInput, kCovariance };
+
+// How a pass is cut up; tiles are of outputs, or where it goes back below the filter of pixels of x.
+struct TrainingTile {
+  static constexpr int kWarps = 16, kRows = 256;  // pixels of which a tile has at most so many, of h too
+  int height, width, images, tiles_y, tiles_x, tiles;
+  int out_height, out_width, h_height, h_width, spread_height, spread_width;  // of the rectangles that belong to it
+  int x_slice, dz_slice;                                                      // bytes of a row that are loaded at once
+  int splits, parts;                                                          // blocks of a chunk; warps of a sum
+  int product_rows, product_floats, tap_floats;
+  int m_warps, n_warps, n_tiles;  // of the gradient of x
+  int stage_offset, h_offset, spread_offset, rows_offset, products_offset, taps_offset, zeros_offset, weights_offset;
+  int shared_bytes;
+};
+
+// What the passes take beside a Block, whose residual and relu6 they do not know.
+struct TrainingCall {
+  Block block;
+  const void *x, *dz, *packed;
+  void* dx;
+  float* products;
+  double* sums;
+  bool wants_products, wants_taps;
+};
+
+// `tiles` is 0 where none fits. Of kCovariance the block's in_channels and batch, pixels, are all that counts.
+TrainingTile choose_tile(Pass pass, const Block& block, bool wants_products, const Limits& limits);
+
+// Over the pixels of a narrow tensor: ChannelArgs.
+struct ChannelCall {
+  const void *a, *b;
+  const float *center, *gate, *coefficients;
+  void* y;
+  double *partial, *first, *second;  // [kMaxChannelBlocks][2][channels]; two rows of sums
+  float* rounded;                    // the first row once more, or null
+  int64_t pixels;
+  int channels;
+  bool relu6;
+};
+constexpr int kMaxChannelBlocks = 256;
+enum class ChannelOp : int {
+  kMoments,   // mean and squared deviations of a
+  kProducts,  // sums of a and of a (b - center)
+  kAffine,    // y = coefficients[0] a + coefficients[1] b + coefficients[2], or relu6 of it
+};
+
+// [splits][chunks][stored_rows][chunk], float or double, to rows of doubles [rows][channels], those from first_row on.
+// Rows of number, mean and squared deviations become two, the second one apart. Of products of `count` deviations from
+// a center (null: 0) those from the mean are made where it is given.
+struct SumCall {
+  const void* from;
+  double *to, *second;
+  int splits, chunks, rows, channels, first_row, stored_rows;
+  const double* mean;
+  const float* center;
+  double count;
+};
+
 // The launches of one type, each compiled by itself.
 struct Launches {
-  int (*pack)(const Block&, const Weights&, bool float_source, void* packed, void* stream);
-  int (*pack_dense)(const Dense&, const void* weight, const void* bias, bool float_source, void* packed, void* stream);
+  int (*pack)(const Block&, const Weights&, void* packed, void* stream);
+  int (*pack_dense)(const Dense&, const Numbers& weight, const Numbers& bias, void* packed, void* stream);
   int (*block)(const Block&, const Tile&, const void* x, const void* packed, void* y, void* counters, void* partial,
                void* stream);
-  int (*dense)(const Dense&, const DenseTile&, const void* x, const void* packed, void* y, void* stream);
+  int (*dense)(const Dense&, const DenseTile&, const void* x, const void* packed, const void* residual, void* y,
+               void* stream);
   int (*pool)(const void* x, int batch, int pixels, int channels, void* y, void* stream);
 };
+struct TrainingLaunches {
+  int (*pack)(const Block&, const Weights&, const float* coefficients, void* packed, void* stream);
+  int (*pass)(Pass, const TrainingCall&, const TrainingTile&, void* stream);
+  int (*covariance)(const void* x, const float* center, int64_t pixels, int channels, const TrainingTile&,
+                    float* products, void* stream);
+  int (*channels)(ChannelOp, const ChannelCall&, void* stream);
+  int (*sum_products)(const SumCall&, void* stream);
+  int (*sum_sums)(const SumCall&, bool moments, void* stream);
+};
 extern const Launches half, bfloat16, tf32, single;
+extern const TrainingLaunches half_training, bfloat16_training, tf32_training, single_training;
 const Launches& launches_of(Type type);
+const TrainingLaunches& training_of(Type type);
 
 // --- runtime.cu
 

@@ -8,11 +8,17 @@
 namespace mnv2_fused::cuda {
 
 template <class T>
-int pack_as(const Block& b, const Weights& weights, bool float_source, void* packed, void* stream) {
+int pack_as(const Block& b, const Weights& weights, void* packed, void* stream) {
   const Packing p = packing(b.type, b.source != Source::kCopy, b.in_channels, b.hidden_channels, b.out_channels);
   const PackArgs args{weights, static_cast<char*>(packed), p, b.in_channels, b.hidden_channels, b.out_channels};
-  if (float_source) return launch<PackKernel<T, float>>(args, dim3(p.chunks + 1), 256, 0, stream);
-  return launch<PackKernel<T, T>>(args, dim3(p.chunks + 1), 256, 0, stream);
+  return launch<PackKernel<T>>(args, dim3(unsigned(p.chunks + 1)), 256, 0, stream);
+}
+
+template <class T>
+int pack_dense_as(const Dense& d, const Numbers& weight, const Numbers& bias, void* packed, void* stream) {
+  const DensePacking p = packing(d.type, d.in_channels, d.out_channels);
+  const PackDenseArgs args{weight, bias, static_cast<char*>(packed), p, d.in_channels, d.out_channels};
+  return launch<PackDenseKernel<T>>(args, dim3(unsigned(d.out_channels + 31) / 32), 256, 0, stream);
 }
 
 template <class T, Source S>
@@ -76,23 +82,16 @@ int block_as(const Block& b, const Tile& tile, const void* x, const void* packed
 }
 
 template <class T>
-int pack_dense_as(const Dense& d, const void* weight, const void* bias, bool float_source, void* packed, void* stream) {
-  const DensePacking p = packing(d.type, d.in_channels, d.out_channels);
-  const PackDenseArgs args{weight, bias, static_cast<char*>(packed), p, d.in_channels, d.out_channels};
-  const dim3 grid(unsigned(d.out_channels + 31) / 32);
-  if (float_source) return launch<PackDenseKernel<T, float>>(args, grid, 256, 0, stream);
-  return launch<PackDenseKernel<T, T>>(args, grid, 256, 0, stream);
-}
-
-template <class T>
-int dense_as(const Dense& d, const DenseTile& tile, const void* x, const void* packed, void* y, void* stream) {
+int dense_as(const Dense& d, const DenseTile& tile, const void* x, const void* packed, const void* residual, void* y,
+             void* stream) {
   DenseArgs a{};
+  a.residual = static_cast<const char*>(residual);
   a.x = static_cast<const char*>(x);
   a.weights = static_cast<const char*>(packed);
   a.y = static_cast<char*>(y);
   a.rows = d.rows, a.in_channels = d.in_channels, a.out_channels = d.out_channels, a.pool = d.pool;
   a.x_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && d.in_channels * element_size(d.type) % 16 == 0;
-  a.relu6 = d.relu6, a.patches = d.patches, a.tile = tile;
+  a.relu6 = d.relu6, a.add = d.add, a.patches = d.patches, a.tile = tile;
   a.packing = packing(d.type, d.in_channels, d.out_channels);
   a.slice_bytes = tile.k_warps * Packing::kChunkBytes;
   a.pitch = odd_pitch(a.slice_bytes);

@@ -77,22 +77,19 @@ struct Math16 {
     MNV2_DEVICE Gather(int lane, const H& h_of) : row(h_of(lane % 16) + lane / 16 * 16) {}
   };
 
-  // relu6(h * taps + bias) of 16 pixels and 16 channels, `bytes` into h, as A. A tap is a diagonal matrix: the lane
-  // that holds rows 2t and 2t + 1 of column g has the tap of channel g if it is one of the two, and 0 else.
-  static MNV2_DEVICE A filter(const Gather& gather, int bytes, int tap_row, int tap_column, const char* taps,
-                              const float* bias, int lane) {
+  // d += h * taps of 16 pixels and 16 channels, `bytes` into h, as C. A tap is a diagonal matrix: the lane that holds
+  // rows 2t and 2t + 1 of column g has the tap of channel g if it is one of the two, and 0 else.
+  static MNV2_DEVICE void filter(float (&d)[2][4], const Gather& gather, int bytes, int tap_row, int tap_column,
+                                 const char* taps, int lane) {
     const int g = lane / 4, t = lane % 4;
     const uint32_t place = t != g / 2 ? 0x4444u : g % 2 ? 0x1044u : 0x4410u;  // of the word's first tap, in the result
     const uint32_t second = t != g / 2 ? 0x4444u : g % 2 ? 0x3244u : 0x4432u;
-    float d[2][4];
     Vector tap[2];
     uint32_t last[2];
     MNV2_UNROLL for (int j = 0; j < 2; ++j) {
       const char* const from = taps + (j * 8 + g) * kTapBytes;
       tap[j] = *reinterpret_cast<const Vector*>(from);
       last[j] = *reinterpret_cast<const uint32_t*>(from + 16);
-      d[j][0] = d[j][2] = bias[j * 8 + 2 * t];
-      d[j][1] = d[j][3] = bias[j * 8 + 2 * t + 1];
     }
     MNV2_UNROLL for (int i = 0; i < 9; ++i) {
       uint32_t h[4];
@@ -102,12 +99,42 @@ struct Math16 {
         device::multiply(d[j], h[2 * j], h[2 * j + 1], select_bytes(word, i % 2 ? second : place), T());
       }
     }
+  }
+  // C as the A of the next product, as it is or its relu6.
+  static MNV2_DEVICE A as_a(const float (&d)[2][4], int) {
+    return {{device::pack<T>(d[0][0], d[0][1]), device::pack<T>(d[0][2], d[0][3]), device::pack<T>(d[1][0], d[1][1]),
+             device::pack<T>(d[1][2], d[1][3])}};
+  }
+  static MNV2_DEVICE A relu6_as_a(const float (&d)[2][4], int) {
     return {{pack_relu6<T>(d[0][0], d[0][1]), pack_relu6<T>(d[0][2], d[0][3]), pack_relu6<T>(d[1][0], d[1][1]),
              pack_relu6<T>(d[1][2], d[1][3])}};
   }
 
+  // A and B from rows of K, whose columns are rows and columns of the product.
+  static MNV2_DEVICE A load_transposed_a(const char* rows, int pitch, int lane) {
+    A a;
+    load_matrices_transposed(a.word, rows + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16);
+    return a;
+  }
+  static MNV2_DEVICE B load_transposed_b(const char* rows, int pitch, int lane) {
+    B b;
+    load_matrices_transposed(b.word, rows + lane % 16 * pitch + lane / 16 * 16);
+    return b;
+  }
+
   static MNV2_DEVICE void store_relu6(char* to, float first, float second) {
     *reinterpret_cast<uint32_t*>(to) = pack_relu6<T>(first, second);
+  }
+  static MNV2_DEVICE float element(const Vector& v, int i) {
+    return to_float(T{uint16_t(v.word[i / 2] >> i % 2 * 16)});
+  }
+  static MNV2_DEVICE Vector vector(const float (&v)[8]) {
+    return {{device::pack<T>(v[0], v[1]), device::pack<T>(v[2], v[3]), device::pack<T>(v[4], v[5]),
+             device::pack<T>(v[6], v[7])}};
+  }
+  static MNV2_DEVICE Pair load_pair(const char* from) {
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
+    return {to_float(T{uint16_t(word)}), to_float(T{uint16_t(word >> 16)})};
   }
   static MNV2_DEVICE float load(const char* from, int64_t at) { return to_float(reinterpret_cast<const T*>(from)[at]); }
   static MNV2_DEVICE void store(char* to, int64_t at, float v) { from_float(v, reinterpret_cast<T*>(to) + at); }
@@ -131,29 +158,34 @@ struct Math32 {
     MNV2_DEVICE Gather(int lane, const H& h_of) : row0(h_of(lane / 4)), row8(h_of(lane / 4 + 8)) {}
   };
 
-  // relu6(h * taps + bias) of 16 pixels and 8 channels, as C.
-  static MNV2_DEVICE void filter_to(float (&d)[4], const Gather& gather, int bytes, int tap_row, int tap_column,
-                                    const char* taps, const float* bias, int lane) {
+  // d += h * taps of 16 pixels and 8 channels, as C.
+  static MNV2_DEVICE void filter(float (&d)[1][4], const Gather& gather, int bytes, int tap_row, int tap_column,
+                                 const char* taps, int lane) {
     const int channel = lane % 4 * 2;
     const float* const w = reinterpret_cast<const float*>(taps + channel * kTapBytes);
-    d[0] = d[2] = bias[channel];
-    d[1] = d[3] = bias[channel + 1];
     MNV2_UNROLL for (int i = 0; i < 9; ++i) {
       const int at = bytes + i / 3 * tap_row + i % 3 * tap_column + channel * 4;
       const Pair h0 = *reinterpret_cast<const Pair*>(gather.row0 + at);
       const Pair h8 = *reinterpret_cast<const Pair*>(gather.row8 + at);
       const float first = w[i], second = w[kTapBytes / 4 + i];
-      d[0] += h0.first * first;
-      d[1] += h0.second * second;
-      d[2] += h8.first * first;
-      d[3] += h8.second * second;
+      d[0][0] += h0.first * first;
+      d[0][1] += h0.second * second;
+      d[0][2] += h8.first * first;
+      d[0][3] += h8.second * second;
     }
-    MNV2_UNROLL for (int i = 0; i < 4; ++i) d[i] = relu6(d[i]);
+  }
+  static MNV2_DEVICE void relu6_of(float (&to)[1][4], const float (&d)[1][4]) {
+    MNV2_UNROLL for (int i = 0; i < 4; ++i) to[0][i] = relu6(d[0][i]);
   }
 
   static MNV2_DEVICE void store_relu6(char* to, float first, float second) {
     *reinterpret_cast<Pair*>(to) = {relu6(first), relu6(second)};
   }
+  static MNV2_DEVICE float element(const Vector& v, int i) { return as_float(v.word[i]); }
+  static MNV2_DEVICE Vector vector(const float (&v)[4]) {
+    return {{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])}};
+  }
+  static MNV2_DEVICE Pair load_pair(const char* from) { return *reinterpret_cast<const Pair*>(from); }
   static MNV2_DEVICE float load(const char* from, int64_t at) { return reinterpret_cast<const float*>(from)[at]; }
   static MNV2_DEVICE void store(char* to, int64_t at, float v) { reinterpret_cast<float*>(to)[at] = v; }
   static MNV2_DEVICE void store_pair(char* to, int64_t at, float first, float second) {
@@ -189,12 +221,30 @@ struct Math<Tf32> : Math32 {
     device::multiply(c0, a.word, b0, Tf32());
     device::multiply(c1, a.word, b1, Tf32());
   }
-  static MNV2_DEVICE A filter(const Gather& gather, int bytes, int tap_row, int tap_column, const char* taps,
-                              const float* bias, int lane) {
-    float d[4];
-    filter_to(d, gather, bytes, tap_row, tap_column, taps, bias, lane);
-    return {
-        {as_bits(round_tf32(d[0])), as_bits(round_tf32(d[2])), as_bits(round_tf32(d[1])), as_bits(round_tf32(d[3]))}};
+  static MNV2_DEVICE A as_a(const float (&d)[1][4], int) {
+    A a;
+    MNV2_UNROLL for (int i = 0; i < 4; ++i) a.word[i] = as_bits(round_tf32(d[0][i % 2 * 2 + i / 2]));
+    return a;
+  }
+  static MNV2_DEVICE A relu6_as_a(const float (&d)[1][4], int lane) {
+    float r[1][4];
+    relu6_of(r, d);
+    return as_a(r, lane);
+  }
+  static MNV2_DEVICE uint32_t rounded(const char* rows, int pitch, int k, int column) {
+    return as_bits(round_tf32(reinterpret_cast<const float*>(rows + k * pitch)[column]));
+  }
+  static MNV2_DEVICE A load_transposed_a(const char* rows, int pitch, int lane) {
+    A a;
+    MNV2_UNROLL for (int i = 0; i < 4; ++i) a.word[i] =
+        rounded(rows, pitch, lane % 4 + i / 2 * 4, lane / 4 + i % 2 * 8);
+    return a;
+  }
+  static MNV2_DEVICE B load_transposed_b(const char* rows, int pitch, int lane) {
+    B b;
+    MNV2_UNROLL for (int i = 0; i < 4; ++i) b.word[i] =
+        rounded(rows, pitch, lane % 4 + i % 2 * 4, lane / 4 + i / 2 * 8);
+    return b;
   }
 };
 
@@ -235,17 +285,38 @@ struct Math<float> : Math32 {
       }
     }
   }
-  static MNV2_DEVICE A filter(const Gather& gather, int bytes, int tap_row, int tap_column, const char* taps,
-                              const float* bias, int lane) {
-    float d[4];
-    filter_to(d, gather, bytes, tap_row, tap_column, taps, bias, lane);
+  static MNV2_DEVICE A as_a(const float (&d)[1][4], int lane) {
     A a;
     MNV2_UNROLL for (int k = 0; k < 8; ++k) {
       const int from = lane / 4 * 4 + k / 2;
-      a.value[0][k] = shuffle(d[k % 2], from);
-      a.value[1][k] = shuffle(d[2 + k % 2], from);
+      a.value[0][k] = shuffle(d[0][k % 2], from);
+      a.value[1][k] = shuffle(d[0][2 + k % 2], from);
     }
     return a;
+  }
+  static MNV2_DEVICE A relu6_as_a(const float (&d)[1][4], int lane) {
+    float r[1][4];
+    relu6_of(r, d);
+    return as_a(r, lane);
+  }
+  static MNV2_DEVICE float at(const char* rows, int pitch, int k, int column) {
+    return reinterpret_cast<const float*>(rows + k * pitch)[column];
+  }
+  static MNV2_DEVICE A load_transposed_a(const char* rows, int pitch, int lane) {
+    A a;
+    MNV2_UNROLL for (int k = 0; k < 8; ++k) {
+      a.value[0][k] = at(rows, pitch, k, lane / 4);
+      a.value[1][k] = at(rows, pitch, k, lane / 4 + 8);
+    }
+    return a;
+  }
+  static MNV2_DEVICE B load_transposed_b(const char* rows, int pitch, int lane) {
+    B b;
+    MNV2_UNROLL for (int i = 0; i < 4; ++i) {
+      MNV2_UNROLL for (int k = 0; k < 8; ++k) b.value[i / 2][i % 2][k] =
+          at(rows, pitch, k, i / 2 * 8 + lane % 4 * 2 + i % 2);
+    }
+    return b;
   }
 };
 

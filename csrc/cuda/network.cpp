@@ -154,18 +154,20 @@ Program schedule(const std::vector<Step>& steps, int64_t batch, int64_t height, 
   return program;
 }
 
-int pack(const std::vector<Step>& steps, const void* const* weights, bool float_source, void* packed, void* stream) {
+int pack(const std::vector<Step>& steps, const Numbers* weights, void* packed, void* stream) {
   for (const Step& step : steps) {
     char* const to = static_cast<char*>(packed) + step.packed;
+    const Launches& launches = launches_of(step.type);
     int error = 0;
     if (step.kind == Step::kBlock) {
-      const void* const* rest = weights + (step.weights == 6 ? 2 : 0);
       const bool expand = step.weights == 6;
-      const Weights all{
-          expand ? weights[0] : nullptr, expand ? weights[1] : nullptr, rest[0], rest[1], rest[2], rest[3]};
-      error = launches_of(step.type).pack(step.block, all, float_source, to, stream);
+      const Numbers* const rest = weights + 2 * expand;
+      const Numbers none{};
+      error = launches.pack(
+          step.block, {expand ? weights[0] : none, expand ? weights[1] : none, rest[0], rest[1], rest[2], rest[3]}, to,
+          stream);
     } else if (step.kind == Step::kDense) {
-      error = launches_of(step.type).pack_dense(step.dense, weights[0], weights[1], float_source, to, stream);
+      error = launches.pack_dense(step.dense, weights[0], weights[1], to, stream);
     }
     if (error) return error;
     weights += step.weights;
@@ -198,7 +200,7 @@ int run(const Program& program, const void* x, const Patches& image, const void*
       char* const partial = counters + program.counter_bytes;
       error = launches.block(step.block, step.tile, from, weights, to, counters, partial, stream);
     } else if (step.kind == Step::kDense) {
-      error = launches.dense(step.dense, step.dense_tile, from, weights, to, stream);
+      error = launches.dense(step.dense, step.dense_tile, from, weights, nullptr, to, stream);
     } else {
       const Dense& d = step.dense;
       error = launches.pool(from, d.rows / d.pool, d.pool, d.in_channels, to, stream);

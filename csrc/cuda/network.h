@@ -40,7 +40,7 @@ std::vector<Step> steps_of(Type type, const std::vector<Layer>& layers, int64_t*
 Program schedule(const std::vector<Step>& steps, int64_t batch, int64_t height, int64_t width, const Limits& limits);
 
 // `weights` are those of all steps, weight, bias, weight, ... Both return a cudaError_t.
-int pack(const std::vector<Step>& steps, const void* const* weights, bool float_source, void* packed, void* stream);
+int pack(const std::vector<Step>& steps, const Numbers* weights, void* packed, void* stream);
 // `image` has the strides of x where the first step takes patches; else x is NHWC.
 int run(const Program& program, const void* x, const Patches& image, const void* packed, void* y, void* workspace,
         void* stream);

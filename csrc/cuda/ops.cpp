@@ -1,9 +1,7 @@
-// The ops on CUDA tensors: checks, allocation, the current stream. Where the kernels are compiled for the host
+// Inference on CUDA tensors: plans, their programs and checks. Where the kernels are compiled for the host
 // (MNV2_EMULATED) these are ops of a library of their own, on CPU tensors, for the tests.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
+#include "ops.h"
 
-#include <algorithm>
 #include <array>
 #include <deque>
 #include <memory>
@@ -16,63 +14,6 @@ namespace mnv2_fused {
 namespace {
 
 using cuda::Type;
-
-#ifdef MNV2_EMULATED
-
-struct Device {
-  explicit Device(const Tensor&) {}
-  void* stream() const { return nullptr; }
-  int index() const { return 0; }
-};
-
-bool on_device(const Tensor& t) { return t.is_cpu(); }
-
-#else
-
-// The tensor's device made the current one, and its current stream.
-class Device {
- public:
-  explicit Device(const Tensor& x) : index_(x.get_device()), guard_(index_) {}
-  int index() const { return index_; }
-  void* stream() const {
-    // Only a torch with CUDA has it, in a library that a torch without does not have: found when it is needed.
-    using Function = int32_t (*)(int32_t, void**);
-    static const Function current = [] {
-      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-      return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-    }();
-    void* stream = nullptr;
-    STD_TORCH_CHECK(current && current(index_, &stream) == 0, "this torch does not tell its current CUDA stream");
-    return stream;
-  }
-
- private:
-  int index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
-bool on_device(const Tensor& t) { return t.is_cuda(); }
-
-#endif
-
-void check(int error) { STD_TORCH_CHECK(error == 0, "CUDA: ", cuda::error_text(error)); }
-
-Type type_of(const Tensor& x, bool tf32) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      return Type::kHalf;
-    case ScalarType::BFloat16:
-      return Type::kBfloat16;
-    case ScalarType::Float:
-      return tf32 ? Type::kTf32 : Type::kFloat;
-    default:
-      STD_TORCH_CHECK(false, "x must be float16, bfloat16 or float32, which there are CUDA kernels for");
-  }
-}
-
-Tensor bytes(int64_t count, const Tensor& like) {
-  return torch::stable::empty({count}, ScalarType::Byte, std::nullopt, like.device(), std::nullopt, std::nullopt);
-}
 
 // An index of a plan, which says how numbers are stored and multiplied.
 ScalarType scalar_type(Type type) {
@@ -94,13 +35,6 @@ struct Plan {
     steps = cuda::steps_of(type, layers, &packed_bytes);
   }
 };
-
-cuda::Limits limits_of(const Device& device) {
-  cuda::Limits limits{};
-  check(cuda::limits_of(device.index(), &limits));
-  limits.shared_bytes = std::min(limits.shared_bytes, cuda::kSharedBytes);
-  return limits;
-}
 
 // A plan's program for one size of x on one device; the last few are kept.
 struct Prepared {
@@ -175,15 +109,15 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
                   weights.numel());
   const Device device(weights);
   const Tensor packed = bytes(plan.packed_bytes, weights);
-  std::vector<const void*> pointers;
+  std::vector<cuda::Numbers> numbers;
   const char* from = static_cast<const char*>(weights.data_ptr());
   for (const Layer& layer : plan.layers) {
     for (const int64_t n : weight_sizes(layer)) {
-      pointers.push_back(from);
+      numbers.push_back({from, type == ScalarType::Float});
       from += n * int64_t(weights.element_size());
     }
   }
-  check(cuda::pack(plan.steps, pointers.data(), type == ScalarType::Float, packed.data_ptr(), device.stream()));
+  check(cuda::pack(plan.steps, numbers.data(), packed.data_ptr(), device.stream()));
   return packed;
 }
 
@@ -215,8 +149,9 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
                                 x, device);
   const Plan& plan = prepared->plan;
   const Tensor packed = bytes(plan.packed_bytes, x);
-  const bool float_source = x.scalar_type() == ScalarType::Float;
-  check(cuda::pack(plan.steps, w.pointers().data(), float_source, packed.data_ptr(), device.stream()));
+  std::vector<cuda::Numbers> numbers;
+  for (const Tensor& t : w.tensors) numbers.push_back(numbers_of(t));
+  check(cuda::pack(plan.steps, numbers.data(), packed.data_ptr(), device.stream()));
   return execute(*prepared, x, packed.data_ptr(), device);
 }
 
