@@ -27,7 +27,13 @@ CXX_FLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fno-math-errno -
 LINK_FLAGS = "-shared -Wl,-O1 -Wl,--as-needed"
 
 # Those that include torch's headers.
-TORCH_SOURCES = ("csrc/ops.cpp", "csrc/training_passes.cpp", "csrc/training_ops.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/training.cpp")
+TORCH_SOURCES = (
+    "csrc/ops.cpp",
+    "csrc/training_passes.cpp",
+    "csrc/training_ops.cpp",
+    "csrc/cuda/ops.cpp",
+    "csrc/cuda/training.cpp",
+)
 
 # CUDA: machine code for these, and PTX of the last one for what comes after; MNV2_FUSED_CUDA_ARCHS="80;86" instead.
 CUDA_ARCHS = "80;90"

@@ -187,7 +187,7 @@ class _Packing:
         # What is compared by identity or by address stays alive: no other object may come to stand in its place.
         values = [value for table in dicts for value in table.values()]
         self._held = (dicts, sized, values, [t.detach() for t in parameters])
-        self.packed, self.plan, self.reason, self.dtype = None, [], "", None
+        self.packed, self.plan, self.reason, self.dtype, self.adds_input = None, [], "", None, False
         try:
             switched = [m for m in modules if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.Dropout))]
             expect(not any(m.training for m in switched), "a BatchNorm or Dropout is in training mode")
@@ -195,6 +195,7 @@ class _Packing:
             expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")
             stages = describe(root)
             self.dtype = self._common_dtype()
+            self.adds_input = bool(stages[0].layer.residual)
             device, dtype, _, tf32 = arithmetic
             self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
             weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
@@ -280,6 +281,8 @@ class FusedChain:
             return packing.reason, None
         if asked.device == "cuda" and x.device != packing.packed.device:
             return f"the input is on {x.device}, the weights are on {packing.packed.device}", None
+        if packing.adds_input and asked.dtype != x.dtype:
+            return f"the input is {x.dtype}, and so is the sum that autocast makes", None
         if (x.dtype != packing.dtype and not asked.autocast) or x.shape[1] != packing.plan[2]:
             return f"the input has {x.shape[1]} channels of {x.dtype}, not {packing.plan[2]} of {packing.dtype}", None
         if global_hooks():

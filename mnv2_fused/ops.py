@@ -67,8 +67,8 @@ def inverted_residual(
 
     Args:
         x: [N, C_in, H, W], any strides; channels_last is read as it is, others are copied. On the CPU float32 or
-            float64; on CUDA, where there are no gradients yet, float16, bfloat16 or float32 (its products rounded to
-            TF32 where torch.backends.cudnn.allow_tf32 is set, as it is by default).
+            float64; on CUDA float16, bfloat16 or float32 (its products rounded to TF32 where
+            torch.backends.cudnn.allow_tf32 is set, as it is by default). Weights are of its dtype, or float32.
         expand_weight, expand_bias: [C_hid, C_in, 1, 1] and [C_hid]; both None for expansion factor 1 (C_hid = C_in).
         depthwise_weight, depthwise_bias: [C_hid, 1, 3, 3] and [C_hid].
         project_weight, project_bias: [C_out, C_hid, 1, 1] and [C_out].
@@ -84,7 +84,7 @@ def inverted_residual(
     Raises:
         ValueError: a shape, option, dtype or device that does not fit; the message names the argument.
         RuntimeError: MNV2_FUSED_KERNEL names a kernel that cannot run here or computes in another dtype; or, in
-            backward, gradients on CUDA or the gradients' own gradients are asked for.
+            backward, the gradients' own gradients are asked for.
     """
     arguments = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
     if isinstance(padding, int) and not isinstance(padding, bool):
@@ -96,6 +96,7 @@ def inverted_residual(
     return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6, uses_tf32(x))
 
 
+_HALVES = (torch.float16, torch.bfloat16)
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
 
 
@@ -119,7 +120,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[object, ...], like: Te
     if tensor.dim() != len(shape) or not _fits(tensor.shape, shape):
         expected = ", ".join(str(n) for n in shape)
         raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
-    if tensor.dtype != like.dtype:
+    if tensor.dtype != like.dtype and not (tensor.dtype == torch.float32 and like.dtype in _HALVES):
         raise ValueError(f"{name} must be {like.dtype}, the dtype of x, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, the device of x, got {tensor.device}")
@@ -196,22 +197,21 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     """Recomputes the block a few rows at a time and goes back through it; only what is asked for is computed."""
-    if grad.is_cuda:
-        raise RuntimeError("inverted_residual has no gradients on CUDA; inverted_residual_reference has them")
     x, we, be, wd, bd, wp, bp = ctx.saved_tensors
-    *geometry, residual, project_relu6, _ = ctx.options
+    *geometry, residual, project_relu6, tf32 = ctx.options
     need_x, need_we, need_be, need_wd, need_bd, need_wp, need_bp = need = ctx.needs_input_grad[:7]
     if project_relu6:
-        y = _OPS.inverted_residual(x, we, be, wd, bd, wp, bp, *geometry, residual, False)
+        y = _OPS.inverted_residual(x, we, be, wd, bd, wp, bp, *geometry, residual, False, tf32)
         grad = torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
     gradients = [None] * 7
     if any(need[:6]):
-        one, zero = torch.ones_like(bd), torch.zeros_like(bd)
-        table = torch.stack([one, bd, zero, one, zero, zero])  # no BatchNorm: u = d + bd, dd = g
+        shift = bd.float() if device_type(x) == "cuda" else bd
+        one, zero = torch.ones_like(shift), torch.zeros_like(shift)
+        table = torch.stack([one, shift, zero, one, zero, zero])  # no BatchNorm: u = d + bd, dd = g
         wanted = (
             WANT_X * need_x | WANT_EXPAND * (need_we or need_be) | WANT_DEPTHWISE * need_wd | WANT_PROJECT * need_wp
-        )
-        dx, *sums = _OPS.block_gradients(grad, x, we, be, wd, wp, table, *geometry, wanted)
+        ) | WANT_SUMS * need_bd
+        dx, *sums = _OPS.block_gradients(grad, x, we, be, wd, wp, table, *geometry, wanted, tf32)
         expand, depthwise, project, (total_d, _, total_e, _) = sums
         gradients[:6] = (dx + grad if residual and need_x else dx), expand.t(), total_e, depthwise.t(), total_d, project
     gradients[6] = grad.sum((0, 2, 3)) if need_bp else None
@@ -243,7 +243,7 @@ def _(x, we, be, wd, bd, wp, bp, *options, out_val=None, **_) -> int:
 # ----------------------------------------------------------------------------------------------- kernels of training
 
 # Bits of `block_gradients`' last argument, as in csrc/ops.cpp.
-WANT_X, WANT_EXPAND, WANT_DEPTHWISE, WANT_PROJECT = 1, 2, 4, 8
+WANT_X, WANT_EXPAND, WANT_DEPTHWISE, WANT_PROJECT, WANT_SUMS = 1, 2, 4, 8, 16
 
 
 def _doubles(x: Tensor, *size: int) -> Tensor:
@@ -320,7 +320,8 @@ def _(dz, x, we, be, wd, wp, coefficients, stride, dilation, padding, wanted, ou
     project, depthwise = out_pixels * hidden * wp.shape[0], out_pixels * hidden * 9
     below = bool(wanted & (WANT_X | WANT_EXPAND))
     macs = expand * (bool(wanted & WANT_X) + bool(wanted & WANT_EXPAND)) + project * bool(wanted & WANT_PROJECT)
-    return 2 * (macs + project * (wanted != WANT_PROJECT) + depthwise * (below + bool(wanted & WANT_DEPTHWISE)))
+    back = project * (wanted & ~WANT_SUMS != WANT_PROJECT)
+    return 2 * (macs + back + depthwise * (below + bool(wanted & WANT_DEPTHWISE)))
 
 
 # ------------------------------------------------------------------------------------------------- packed networks

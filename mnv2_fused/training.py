@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import _verify_batch_size
 from torch.nn.modules import module as _module
 
-from . import network
-from .network import expect
+from . import network, ops
+from .network import arithmetic, expect
 from .ops import _channels_last_strides, _doubles, _no_second_derivative, _output_shape, _walk
 
 _OPS = torch.ops.mnv2_fused
@@ -139,6 +139,11 @@ _CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Te
 _CONV_OPTIONS = "int[] stride, int[] padding, str group"
 
 
+def _as(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """In the dtype of another: 16-bit numbers beside float32 parameters, where autocast asks for them."""
+    return t if t is None or t.dtype == like.dtype else t.to(like.dtype)
+
+
 @torch.library.custom_op(
     "mnv2_fused::conv_bn_relu6",
     mutates_args=(),
@@ -147,7 +152,8 @@ _CONV_OPTIONS = "int[] stride, int[] padding, str group"
 def _conv_bn_relu6(x, *arguments):
     """relu6 of the norm of a convolution; e, the convolution itself; the count, mean and variance of e."""
     stage, (stride, padding, group) = ConvNorm(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    e = _dense(torch.conv2d(_dense(x), stage.weight, stage.bias, stride, padding))
+    weight, bias = _as(stage.weight, x), _as(stage.bias, x)
+    e = _dense(torch.conv2d(_dense(x), weight, bias, stride, padding))
     y, *statistics = _OPS.batch_norm_relu6(e, *stage[2:], group)
     return y, e, *statistics
 
@@ -176,9 +182,11 @@ def _conv_bn_relu6_backward(dy, e, count, e_mean, e_var, wanted, x, *arguments):
     dx = weight = None
     if any(wanted[:2]):
         dx, weight, _ = torch.ops.aten.convolution_backward(
-            de, _dense(x), stage.weight, None, stride, padding, [1, 1], False, [0, 0], 1, [*wanted[:2], False]
+            de, _dense(x), _as(stage.weight, x), None, stride, padding, [1, 1], False, [0, 0], 1, [*wanted[:2], False]
         )
-    found = (_dense(dx) if wanted[0] else None, weight.contiguous() if wanted[1] else None, bias, scale, shift)
+    weight = _as(weight, stage.weight).contiguous() if wanted[1] else None
+    bias = bias if stage.bias is None else _as(bias, stage.bias)
+    found = (_dense(dx) if wanted[0] else None, weight, bias, scale, shift)
     return tuple(gradient if asked else x.new_empty(0) for gradient, asked in zip(found, wanted, strict=True))
 
 
@@ -216,7 +224,6 @@ _conv_bn_relu6_backward.register_autograd(_no_second_derivative)
 
 # ------------------------------------------------------------------------------------------------------- modules
 
-_DTYPES = (torch.float32, torch.float64)
 _NOT_ASKED = "neither gradients nor statistics of the batch are asked for"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -244,13 +251,17 @@ def _check(root: nn.Module, x: Tensor) -> None:
     """Unfusable where the modules inside do more, or other things, than their types say."""
     backward_hooks = _module._global_backward_hooks or _module._global_backward_pre_hooks
     expect(not network.global_hooks() and not backward_hooks, "there are global hooks")
+    device, dtype, autocast, _ = arithmetic(x)
+    expect(dtype in ops.DTYPES[device], f"no kernel for {dtype} on {x.device}")
     for module in root.modules():
         expect(not has_hooks(module), "a module inside has hooks or a forward of its own")
+        # As in torch: on CUDA a BatchNorm may be float32 beside 16-bit numbers, and under autocast all may.
+        single = device == "cuda" and (autocast or not isinstance(module, nn.Conv2d))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.is_floating_point():
-                same = tensor.dtype == x.dtype and tensor.device == x.device
+                same = tensor.dtype == dtype or (single and tensor.dtype == torch.float32)
+                same = same and tensor.device == x.device
                 expect(same, "a tensor inside is {0.dtype} on {0.device}, x is {1.dtype} on {1.device}", tensor, x)
-    expect(x.dtype in _DTYPES and x.device.type == "cpu", f"no kernel for {x.dtype} on {x.device}")
 
 
 def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -306,6 +317,7 @@ def _describe(layers: nn.Module, x: Tensor, residual: bool) -> network.Stage:
     _check(layers, x)
     channels = stage.layer.in_channels
     expect(x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
+    expect(not residual or x.dtype == arithmetic(x).dtype, f"x is {x.dtype}, and so is the sum that autocast makes")
     group = _group([bn for _, bn in stage.weights])
     expect(x.shape[0] > 0 or bool(group), "there is no image")
     batch = any(_takes_batch(bn) for _, bn in stage.weights)
@@ -318,7 +330,8 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
 
     Args:
         layers: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, 1x1 convolution, BatchNorm, as torchvision nests them.
-        x: [N, C_in, H, W], float32 or float64; the gradients are those of the modules.
+        x: [N, C_in, H, W], float32 or float64; on CUDA float16, bfloat16 or float32, under autocast its dtype. The
+            gradients are those of the modules.
         residual: adds x.
 
     Raises:
@@ -328,6 +341,7 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
         layer, weights = _describe(layers, x, residual)
     except network.Unfusable:
         return None
+    x = x.to(arithmetic(x).dtype)
     norms = [None] * (3 - len(weights)) + [bn for _, bn in weights]
     stages = [_NO_STAGE] * (3 - len(weights)) + [_stage(*pair) for pair in weights]
     group = _group(norms[3 - len(weights) :])
@@ -377,6 +391,7 @@ def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
         conv, bn = _describe_conv(module, x)
     except network.Unfusable:
         return None
+    x = x.to(arithmetic(x).dtype)
     stage, group = _stage(conv, bn), _group([bn])
     if stage.mean is None and not group:
         height, width = (
