@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+import emulation
 import pytest
 import torch
 
 import mnv2_fused
+from mnv2_fused import ops
 
 # Every row of the table, supported or not: a test names the rows that this CPU cannot run as skipped, and why.
 _ROWS = mnv2_fused.kernels()
@@ -58,3 +60,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> None:
+    if "mnv2_emulated" not in {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names()}:
+        torch.ops.load_library(emulation.build())
+
+
+@pytest.fixture
+def emulated_device(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules take CPU tensors for those of a GPU, and the ops run on the emulated one."""
+    monkeypatch.setattr(ops, "device_type", lambda x: "cuda")
+    library = torch.library.Library("mnv2_fused", "IMPL")
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, op = name.split("::")
+        if namespace == "mnv2_emulated":
+            library.impl(op, getattr(torch.ops.mnv2_emulated, op).default, "CPU", allow_override=True)
+    yield
+    library._destroy()

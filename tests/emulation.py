@@ -17,7 +17,15 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.c*")), ROOT / "csrc/cpu/pack.cpp"]
+# How far from float64 a result on CUDA may be, in the norm over all elements, by how numbers are stored and multiplied.
+TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2, "tf32": 1e-3, "float32": 1e-5}
+TYPES = tuple(TOLERANCE)
+
 FLAGS = "-O2 -g -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Werror -DMNV2_EMULATED"
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "tf32" else getattr(torch, kind)
 
 
 def build() -> Path:

@@ -9,26 +9,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import emulation
 import pytest
 import torch
 from blocks import Block, network_blocks
+from emulation import TOLERANCE, TYPES, dtype_of
 from torch import Tensor
 
 from mnv2_fused import MobileNetV2, network, ops
 
-# How far from float64 a result may be, in the norm over all elements.
-TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2, "tf32": 1e-3, "float32": 1e-5}
-TYPES = tuple(TOLERANCE)
-
 Run = Callable[[Block, str], Tensor]
-
-
-def dtype_of(kind: str) -> torch.dtype:
-    return torch.float32 if kind == "tf32" else getattr(torch, kind)
 
 
 def arguments(block: Block, kind: str) -> tuple[Tensor | None, ...]:
@@ -40,12 +33,6 @@ def arguments(block: Block, kind: str) -> tuple[Tensor | None, ...]:
 def raw(block: Block) -> tuple[object, ...]:
     sides = (block.padding,) * 4 if isinstance(block.padding, int) else block.padding
     return block.stride, block.dilation, sides, block.residual, block.project_relu6
-
-
-@pytest.fixture(scope="session")
-def emulated() -> None:
-    if "mnv2_emulated" not in {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names()}:
-        torch.ops.load_library(emulation.build())
 
 
 @pytest.fixture(params=["emulated", "device"])
@@ -64,19 +51,6 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
         return op(*tensors, *raw(block), kind == "tf32").cpu()
 
     return call
-
-
-@pytest.fixture
-def emulated_device(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Modules take CPU tensors for those of a GPU, and the ops run on the emulated one."""
-    monkeypatch.setattr(ops, "device_type", lambda x: "cuda")
-    library = torch.library.Library("mnv2_fused", "IMPL")
-    for name in torch._C._dispatch_get_all_op_names():
-        namespace, op = name.split("::")
-        if namespace == "mnv2_emulated":
-            library.impl(op, getattr(torch.ops.mnv2_emulated, op).default, "CPU", allow_override=True)
-    yield
-    library._destroy()
 
 
 def check(run: Run, block: Block, kind: str) -> None:
