@@ -1,4 +1,4 @@
-"""Builds csrc/cuda/ for the host, kernels and ops: a library whose ops run the threads of a GPU one after the other.
+"""Builds csrc/cuda/ and csrc/training_ops.cpp for the host: a library whose ops run the threads of a GPU in turn.
 
 The kernels are the same templates that nvcc compiles; csrc/cuda/host.h takes the place of the device.
 """
@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.c*"))
+SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.c*")), ROOT / "csrc/training_ops.cpp"]
 FLAGS = "-O2 -g -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Werror -DMNV2_EMULATED"
 
 
