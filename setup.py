@@ -185,6 +185,7 @@ class NinjaBuild(build_ext):
             # C++20 in these alone: the headers of torch >= 2.14 may ask for it.
             flags[source] = shlex.join(
                 ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
+                + ["-DMNV2_FUSED_WITH_CUDA"] * bool(cuda)
             )
         flags["csrc/bindings.cpp"] = shlex.join(
             ["-isystem", pybind11.get_include(), "-isystem", python_include]

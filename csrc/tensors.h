@@ -15,11 +15,34 @@
 #include "cpu/network.h"
 #include "cpu/workspace.h"
 
+#ifdef MNV2_FUSED_WITH_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+// The library of our ops. That of the emulated device is another one, whose tensors are on the CPU.
+#ifdef MNV2_EMULATED
+#define MNV2_LIBRARY mnv2_emulated
+#define MNV2_OPS "mnv2_emulated::"
+#else
+#define MNV2_LIBRARY mnv2_fused
+#define MNV2_OPS "mnv2_fused::"
+#endif
+
 namespace mnv2_fused {
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+#ifdef MNV2_EMULATED
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
+// Whether the kernels of csrc/cpu/ compute with it, and not those of a device.
+inline bool on_cpu(const Tensor& t) { return !kEmulated && t.is_cpu(); }
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream out;
@@ -64,8 +87,10 @@ inline Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, cons
   return torch::stable::contiguous(t);
 }
 
-inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryFormat format) {
-  const Tensor t = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryFormat format,
+                         std::optional<ScalarType> type = std::nullopt) {
+  const Tensor t =
+      torch::stable::empty(shape, type.value_or(like.scalar_type()), std::nullopt, like.device(), std::nullopt, format);
   // Large tensors come as untouched memory: a step of training at batch 32 spent a tenth of its time on faults of
   // small pages.
   if (like.is_cpu()) advise_huge_pages(t.data_ptr(), size_t(t.numel() * t.element_size()));
@@ -163,5 +188,39 @@ Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hi
 // What of the results of block_gradients is wanted: bits, in their order. The sums of ge come with the gradients of
 // expansion and filter; those of g with the projection's, or when they are asked for.
 enum Wanted : int64_t { kDx = 1, kExpandGradient = 2, kDepthwiseGradient = 4, kProjectGradient = 8, kSums = 16 };
+
+#ifdef MNV2_FUSED_WITH_CUDA
+
+// The tensor's device made the current one, and its current stream.
+class Device {
+ public:
+  explicit Device(const Tensor& x) : index_(x.get_device()), guard_(index_) {}
+  int index() const { return index_; }
+  void* stream() const {
+    // Only a torch with CUDA has it, in a library that a torch without does not have: found when it is needed.
+    using Function = int32_t (*)(int32_t, void**);
+    static const Function current = [] {
+      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    void* stream = nullptr;
+    STD_TORCH_CHECK(current && current(index_, &stream) == 0, "this torch does not tell its current CUDA stream");
+    return stream;
+  }
+
+ private:
+  int index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#else
+
+struct Device {
+  explicit Device(const Tensor&) {}
+  int index() const { return 0; }
+  void* stream() const { return nullptr; }
+};
+
+#endif
 
 }  // namespace mnv2_fused

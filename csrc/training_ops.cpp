@@ -8,12 +8,14 @@
 // through e's BatchNorm closes again: with G the sum of ge x^T over the pixels and g that of ge, everything follows
 // from G, g, m and C. (Ioffe and Szegedy 2015 for the BatchNorm.)
 //
-// What is per channel is computed here, in double; what is per pixel, by the passes of training_passes.cpp.
+// What is per pixel is computed by the passes of training_passes.cpp, what is per channel by the steps of algebra.h.
+// This file chains them, and looks at no value on the way where tensors are on a GPU: nothing waits for it.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
 
+#include "algebra.h"
 #include "tensors.h"
 
 // What an op that was called has thrown; from torch 2.13 on.
@@ -22,10 +24,42 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 namespace mnv2_fused {
 namespace {
 
-using Doubles = std::vector<double>;
+using namespace algebra;
 using MaybeTensor = std::optional<Tensor>;
 
 // ----------------------------------------------------------------------------------------- arguments and results
+
+// An activation, dense.
+Tensor dense(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 4, name, " must be [N, C, H, W], got ", shape_of(x));
+  if (on_cpu(x)) {
+    dtype_of(x, name);
+  } else {
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, name,
+                    " must be float16, bfloat16 or float32, which there are CUDA kernels for");
+  }
+  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+// A parameter or buffer, dense. On the CPU it is of x's dtype; elsewhere it may be float32 too, as autocast keeps
+// weights, and as norms are kept.
+Tensor parameter(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
+  if (on_cpu(x)) return weight_of(t, name, x, shape);
+  check_size(t, name, shape);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), name,
+                  " must be float32 or have the dtype of x");
+  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on the device of x");
+  return torch::stable::contiguous(t);
+}
+
+// A statistic as forward gave it.
+Tensor statistic(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.device() == x.device(), name,
+                  " must be float64 on the device of x");
+  check_size(t, name, shape);
+  return torch::stable::contiguous(t);
+}
 
 // A convolution and its BatchNorm, in the order of ConvNorm in training.py.
 struct ConvNorm {
@@ -34,6 +68,19 @@ struct ConvNorm {
   MaybeTensor scale, shift;  // the BatchNorm's weight and bias; none: it is not affine
   MaybeTensor mean, var;     // its running statistics where it is frozen; none: those of the batch are taken
   double eps;
+
+  // What is per channel, checked.
+  void check(const Tensor& x, int64_t channels) {
+    STD_TORCH_CHECK(mean.has_value() == var.has_value(), "running mean and var go together: give both or neither");
+    const auto vector = [&](MaybeTensor* t, const char* name) {
+      if (*t) *t = parameter(**t, name, x, {channels});
+    };
+    vector(&bias, "bias");
+    vector(&scale, "scale");
+    vector(&shift, "shift");
+    vector(&mean, "running mean");
+    vector(&var, "running var");
+  }
 };
 
 // The arguments of a boxed op, each to be taken once.
@@ -48,6 +95,10 @@ class Arguments {
     return {next<MaybeTensor>(), next<MaybeTensor>(), next<MaybeTensor>(), next<MaybeTensor>(),
             next<MaybeTensor>(), next<MaybeTensor>(), next<double>()};
   }
+  ConvNorm next_norm() {
+    return {std::nullopt,        std::nullopt,        next<MaybeTensor>(), next<MaybeTensor>(),
+            next<MaybeTensor>(), next<MaybeTensor>(), next<double>()};
+  }
 
  private:
   const StableIValue* at_;
@@ -57,6 +108,10 @@ class Arguments {
 template <class... Results, size_t... I>
 std::tuple<Results...> taken(const StableIValue* stack, std::index_sequence<I...>) {
   return {torch::stable::detail::to<Results>(stack[I])...};
+}
+
+void give(StableIValue* stack, const std::vector<Tensor>& results) {
+  for (const Tensor& t : results) *stack++ = torch::stable::detail::from(t);
 }
 
 // An op by its name: it runs where its tensors are, and profilers see it.
@@ -71,221 +126,242 @@ std::tuple<Results...> call(const char* op, const Args&... arguments) {
   return taken<Results...>(stack.data(), std::index_sequence_for<Results...>());
 }
 
-std::tuple<Tensor, Tensor> moments(const Tensor& x) { return call<Tensor, Tensor>("mnv2_fused::moments", x); }
-
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& x) {
-  return call<Tensor, Tensor>("mnv2_fused::channel_moments", x);
+  return call<Tensor, Tensor>(MNV2_OPS "channel_moments", x);
 }
 
 Tensor affine(const Tensor& a, const MaybeTensor& b, const Tensor& coefficients, const MaybeTensor& gate, bool relu6) {
-  return std::get<0>(call<Tensor>("mnv2_fused::affine", a, b, coefficients, gate, relu6));
+  return std::get<0>(call<Tensor>(MNV2_OPS "affine", a, b, coefficients, gate, relu6));
 }
+
+// The sum over the processes of a torch.distributed group, by its name (training.py); of one process where there is
+// none.
+Tensor sum_over(const std::string& group, const Tensor& own) {
+  return group.empty() ? own : std::get<0>(call<Tensor>("mnv2_fused::all_reduce", own, group));
+}
+
+// ------------------------------------------------------------------------------------------- tensors as steps see them
 
 // f(pointer to the tensor's elements).
 template <class F>
-auto with_data(const Tensor& t, const F& f) {
-  dtype_of(t, "every tensor");
-  return t.scalar_type() == ScalarType::Float ? f(static_cast<float*>(t.data_ptr()))
-                                              : f(static_cast<double*>(t.data_ptr()));
+void with_elements(const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return f(static_cast<double*>(t.data_ptr()));
+    case ScalarType::Half:
+      return f(static_cast<Half*>(t.data_ptr()));
+    case ScalarType::BFloat16:
+      return f(static_cast<Bfloat16*>(t.data_ptr()));
+    default:
+      return f(static_cast<float*>(t.data_ptr()));
+  }
 }
 
-Doubles values(const Tensor& t) {
-  Doubles out(t.numel());
-  with_data(t, [&](const auto* from) { std::copy_n(from, out.size(), out.begin()); });
-  return out;
+Element element_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return Element::kDouble;
+    case ScalarType::Half:
+      return Element::kHalf;
+    case ScalarType::BFloat16:
+      return Element::kBfloat16;
+    default:
+      return Element::kFloat;
+  }
 }
 
-// A parameter or buffer per channel; `otherwise` where there is none.
-Doubles values(const MaybeTensor& t, const char* name, const Tensor& x, int64_t channels, double otherwise) {
-  return t ? values(weight_of(*t, name, x, {channels})) : Doubles(channels, otherwise);
+// From its element `first` on.
+Results results(const Tensor& t, int64_t first = 0) {
+  return {static_cast<char*>(t.data_ptr()) + first * t.element_size(), element_of(t)};
 }
-
-Tensor statistic(const Doubles& from, const Tensor& like) {
-  const Tensor t = doubles({int64_t(from.size())}, like);
-  std::copy(from.begin(), from.end(), data_of(t));
-  return t;
+Numbers numbers(const Tensor& t, int64_t first = 0) {
+  const Results all = results(t, first);
+  return {all.data, all.type};
 }
+Numbers numbers(const MaybeTensor& t) { return t ? numbers(*t) : Numbers{}; }
 
 Tensor nothing(const Tensor& like) { return doubles({0}, like); }
 
-// A statistic as forward gave it.
-Tensor statistic_of(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_cpu(), name, " must be float64 on the CPU");
-  check_size(t, name, shape);
-  return torch::stable::contiguous(t);
+// What passes take beside activations: of x's dtype on the CPU, else float32.
+Tensor passed(const std::vector<int64_t>& shape, const Tensor& x) {
+  return new_tensor(shape, x, MemoryFormat::Contiguous, on_cpu(x) ? x.scalar_type() : ScalarType::Float);
+}
+Tensor passed(const Tensor& weight, const Tensor& x) {
+  return on_cpu(x) || weight.scalar_type() == ScalarType::Float ? weight : torch::stable::to(weight, ScalarType::Float);
 }
 
-// An activation, dense.
-Tensor dense(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), name, " must be [N, C, H, W] on the CPU, got ", shape_of(x));
-  dtype_of(x, name);
-  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+// A norm of v; mean and variance are the batch's. The convolution's bias is given where it is not in v.
+Norm norm_of(const ConvNorm& s, const MaybeTensor& bias, const Tensor& mean, const Tensor& var) {
+  return {.batch_mean = s.mean ? nullptr : data_of(mean),
+          .batch_var = s.mean ? nullptr : data_of(var),
+          .mean = numbers(s.mean),
+          .var = numbers(s.var),
+          .scale = numbers(s.scale),
+          .shift = numbers(s.shift),
+          .bias = numbers(bias),
+          .eps = s.eps};
 }
 
-// Rows of values per channel in the dtype of `like`; one row alone is [channels].
-Tensor rows(const Tensor& like, std::initializer_list<const Doubles*> from) {
-  const int64_t channels = int64_t((*from.begin())->size()), count = int64_t(from.size());
-  const std::vector<int64_t> shape =
-      count == 1 ? std::vector<int64_t>{channels} : std::vector<int64_t>{count, channels};
-  const Tensor t = new_tensor(shape, like, MemoryFormat::Contiguous);
-  with_data(t, [&](auto* to) {
-    for (const Doubles* row : from) to = std::copy(row->begin(), row->end(), to);
-  });
-  return t;
+// ------------------------------------------------------------------------------------------------- where steps run
+
+// On the CPU one after the other, and where they have loops of their own on torch's threads.
+template <class Step>
+void loop(const Channels<Step>& steps) {
+  for (int64_t c = 0; c < steps.count; ++c) steps.step(c);
 }
 
-// body(first, count) for blocks of a few of `n` hidden channels, whose sums stay in registers.
 constexpr int64_t kBlock = 8;
 
-template <class Body>
-void on_channels(int64_t n, const Body& body) {
-  torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) body(b * kBlock, std::min(kBlock, n - b * kBlock));
+template <class Step>
+void loop(const Blocks<Step>& steps) {
+  torch::stable::parallel_for(0, ceil_div(steps.count, kBlock), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kBlock; first < std::min(end * kBlock, steps.count); first += kBlock) {
+      if (first + kBlock <= steps.count) {
+        steps.step.template run<kBlock>(first);
+      } else {
+        for (int64_t c = first; c < steps.count; ++c) steps.step.template run<1>(c);
+      }
+    }
   });
 }
 
-// Sums over the processes of a torch.distributed group, by its name (training.py); nothing where there is none.
-void sum_over(const std::string& group, const Tensor& like, std::initializer_list<Doubles*> parts) {
-  if (group.empty()) return;
-  Doubles all;
-  for (const Doubles* part : parts) all.insert(all.end(), part->begin(), part->end());
-  const auto [reduced] = call<Tensor>("mnv2_fused::all_reduce", statistic(all, like), group);
-  const double* at = data_of(reduced);
-  for (Doubles* part : parts) {
-    std::copy_n(at, part->size(), part->begin());
-    at += part->size();
-  }
+// By panels of columns, which a transposed matrix has as rows.
+template <class Step>
+void loop(const Elements<Step>& steps) {
+  if (!steps.rows) return;
+  constexpr int64_t kWorth = 4096;
+  const int64_t grain = 1 + kWorth / (kBlock * steps.rows);
+  torch::stable::parallel_for(0, ceil_div(steps.columns, kBlock), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kBlock; first < end * kBlock; first += kBlock) {
+      const int64_t past = std::min(first + kBlock, steps.columns);
+      for (int64_t i = 0; i < steps.rows; ++i) {
+        for (int64_t j = first; j < past; ++j) steps.step(i, j);
+      }
+    }
+  });
 }
 
-// From mean and squared deviations over `count` pixels of this process: mean and variance over the `total` of all.
-void join(const std::string& group, double count, double total, const Tensor& mean, const Tensor& squares) {
-  Doubles joint = values(mean), deviations = values(squares);
-  if (!group.empty()) {
-    const Doubles own = joint;
-    for (double& m : joint) m *= count;
-    sum_over(group, mean, {&joint});
-    for (size_t c = 0; c < own.size(); ++c) {
-      joint[c] /= total;
-      deviations[c] += count * (own[c] - joint[c]) * (own[c] - joint[c]);
-    }
-    sum_over(group, mean, {&deviations});
-  }
-  for (double& s : deviations) s /= total;
-  std::copy(joint.begin(), joint.end(), data_of(mean));
-  std::copy(deviations.begin(), deviations.end(), data_of(squares));
+template <class A, class B>
+void loop(const Beside<A, B>& steps) {
+  loop(steps.a);
+  loop(steps.b);
 }
+
+// One call of an op: runs its steps where its tensors are, and has memory for what is between them.
+class Work {
+ public:
+  // `size` doubles are allocated at once; more where they do not suffice.
+  Work(const Tensor& x, int64_t size) : x_(x), size_(size) {
+    if (!on_cpu(x)) device_.emplace(x);
+  }
+
+  double* take(int64_t n) {
+    if (pieces_.empty() || used_ + n > pieces_.back().numel()) {
+      pieces_.push_back(doubles({std::max(n, size_)}, x_));
+      used_ = 0;
+    }
+    used_ += n;
+    return data_of(pieces_.back()) + used_ - n;
+  }
+
+  template <class Steps>
+  void run(const Steps& steps) const {
+    if constexpr (!kEmulated) {
+      if (on_cpu(x_)) return loop(steps);
+    }
+#if defined(MNV2_FUSED_WITH_CUDA) || defined(MNV2_EMULATED)
+    if (!steps.size()) return;
+    const int error = cuda::each(steps, steps.size(), device_->stream());
+    STD_TORCH_CHECK(error == 0, "CUDA: ", cuda::error_text(error));
+#endif
+  }
+
+ private:
+  const Tensor x_;
+  const int64_t size_;
+  std::vector<Tensor> pieces_;
+  int64_t used_ = 0;
+  std::optional<Device> device_;
+};
 
 // ---------------------------------------------------------------------------------------------------- BatchNorm
 
-// Sums over the pixels of g and of g (v - mean), g being the gradient of a norm of v.
-struct Sums {
-  Doubles total, product;
-};
-
-// A BatchNorm as the affine map that it is in this call, and back through it.
-struct Norm {
-  bool batch;
-  double count;
-  Doubles mean, rstd, scale, shift;
-
-  // Mean and variance are the batch's. The convolution's bias is given where it is not in v: the batch's mean takes it
-  // away, running statistics do not.
-  Norm(const ConvNorm& s, const MaybeTensor& bias, const Tensor& batch_mean, const Tensor& batch_var, double n,
-       const Tensor& x, int64_t channels)
-      : batch(!s.mean), count(n) {
-    STD_TORCH_CHECK(s.mean.has_value() == s.var.has_value(), "running mean and var go together: give both or neither");
-    mean = batch ? values(batch_mean) : values(s.mean, "running mean", x, channels, 0);
-    rstd = batch ? values(batch_var) : values(s.var, "running var", x, channels, 0);
-    scale = values(s.scale, "scale", x, channels, 1);
-    shift = values(s.shift, "shift", x, channels, 0);
-    const Doubles b = values(bias, "bias", x, channels, 0);
-    STD_TORCH_CHECK(int64_t(mean.size()) == channels && int64_t(rstd.size()) == channels, "statistics must be of ",
-                    channels, " channels, got ", mean.size());
-    for (int64_t c = 0; c < channels; ++c) {
-      if (!batch) mean[c] -= b[c];
-      rstd[c] = 1 / std::sqrt(rstd[c] + s.eps);
-      scale[c] *= rstd[c];
-      shift[c] -= scale[c] * mean[c];
-    }
-  }
-
-  // The norm of v plus the residual, or relu6 of the norm.
-  Tensor of(const Tensor& v, const MaybeTensor& residual, bool relu6) const {
-    const Doubles one(scale.size(), 1);
-    return affine(v, residual, rows(v, {&scale, &one, &shift}), std::nullopt, relu6);
-  }
-
-  // From a kernel's, which are about the mean as it was rounded for it.
-  Sums sums(const double* found, const Tensor& rounded) const {
-    const Doubles center = values(rounded);
-    Sums s{Doubles(found, found + mean.size()), Doubles(found + mean.size(), found + 2 * mean.size())};
-    for (size_t c = 0; c < mean.size(); ++c) s.product[c] += s.total[c] * (center[c] - mean[c]);
-    return s;
-  }
-
-  // p, q, r of the gradient p g + q v + r of v, from the sums over all processes.
-  std::array<Doubles, 3> backward(const Sums& s) const {
-    Doubles q(scale.size(), 0), r = q;
-    for (size_t c = 0; batch && c < scale.size(); ++c) {
-      q[c] = -scale[c] * rstd[c] * rstd[c] * s.product[c] / count;
-      r[c] = -scale[c] * s.total[c] / count - q[c] * mean[c];
-    }
-    return {scale, q, r};
-  }
-};
-
-// Back through a norm of v, and through the relu6 after it where there is one: the gradient of v and the sums of this
-// process.
-std::pair<Tensor, Sums> norm_backward(const Norm& norm, const Tensor& dy, const Tensor& v, bool relu6,
-                                      const std::string& group) {
-  MaybeTensor gate;
-  if (relu6) gate = rows(v, {&norm.scale, &norm.shift});
-  const Tensor center = rows(v, {&norm.mean});
-  const Sums own =
-      norm.sums(data_of(std::get<0>(call<Tensor>("mnv2_fused::channel_products", dy, v, center, gate))), center);
-  Sums all = own;
-  if (norm.batch) sum_over(group, v, {&all.total, &all.product});
-  const auto [p, q, r] = norm.backward(all);
-  const MaybeTensor other = norm.batch || relu6 ? MaybeTensor(v) : std::nullopt;
-  return {affine(dy, other, rows(v, {&p, &q, &r}), gate, false), own};
-}
-
-Doubles times(const Doubles& a, const Doubles& b) {
-  Doubles out(a.size());
-  for (size_t i = 0; i < a.size(); ++i) out[i] = a[i] * b[i];
-  return out;
-}
-
-// Of the bias of the convolution before the norm.
-Doubles bias_gradient(const Norm& norm, const Doubles& total) {
-  return norm.batch ? Doubles(total.size(), 0) : times(norm.scale, total);
-}
-
 int64_t pixels_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
-Doubles total_count(const std::string& group, const Tensor& like, Doubles counts) {
-  sum_over(group, like, {&counts});
-  return counts;
+// The mean over the pixels of all processes, from that of the `count` of this one.
+Tensor joint_mean(const Work& work, const std::string& group, double count, const double* total, const Tensor& own) {
+  if (group.empty()) return own;
+  const int64_t n = own.numel();
+  const Tensor share = doubles({n}, own), joint = doubles({n}, own);
+  work.run(Channels{n, Scaled{count, data_of(own), data_of(share)}});
+  work.run(Channels{n, Mean{data_of(sum_over(group, share)), total, data_of(joint)}});
+  return joint;
+}
+
+// From mean and squared deviations over the `count` pixels of this process to those over the pixels of all.
+void join(const Work& work, const std::string& group, double count, const double* total, Tensor* mean,
+          Tensor* squares) {
+  if (group.empty()) return;
+  const Tensor joint = joint_mean(work, group, count, total, *mean);
+  const int64_t n = joint.numel();
+  work.run(Channels{n, Moved{count, data_of(*mean), data_of(joint), data_of(*squares), n}});
+  *mean = joint;
+  *squares = sum_over(group, *squares);
+}
+
+// The variance from such squares, in their place; nothing of a norm that is frozen.
+Mean variance(const Norm& norm, const Tensor& squares, const double* total) {
+  return norm.batch() ? Mean{data_of(squares), total, data_of(squares)} : Mean{};
+}
+
+// From the sums that a pass has `found`, about `center`: the gradients of a norm's parameters, and into `table` p, q,
+// r. Where these are `wanted`, processes that take their statistics together add up their sums.
+void norm_backward(const Work& work, const std::string& group, const Norm& norm, const Tensor& found, Numbers center,
+                   const NormGradients& gradients, const double* count, Results table, bool wanted) {
+  const int64_t channels = found.size(1);
+  const Tensor sums = doubles({2, channels}, found);
+  const NormSums own{norm, data_of(found), center, data_of(sums), channels, gradients};
+  NormBackward back{norm, data_of(sums), count, table, channels};
+  if (group.empty() || !norm.batch() || !wanted) return work.run(Channels{channels, Then{own, back}});
+  work.run(Channels{channels, own});
+  const Tensor all = sum_over(group, sums);
+  back.sums = data_of(all);
+  work.run(Channels{channels, back});
+}
+
+// Back through a norm of v, and through the relu6 after it where there is a gate.
+Tensor norm_backward(const Work& work, const std::string& group, const Norm& norm, const Tensor& dy, const Tensor& v,
+                     const Tensor& center, const MaybeTensor& gate, const NormGradients& gradients,
+                     const double* count) {
+  const auto [found] = call<Tensor>(MNV2_OPS "channel_products", dy, v, center, gate);
+  const Tensor table = passed({3, v.size(1)}, v);
+  norm_backward(work, group, norm, found, numbers(center), gradients, count, results(table), true);
+  return affine(dy, norm.batch() || gate ? MaybeTensor(v) : std::nullopt, table, gate, false);
 }
 
 // relu6 of the norm of e [N, C, H, W], the count of pixels, the batch's mean and variance.
 void batch_norm_relu6(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   const Tensor input = in.next<Tensor>();
-  const ConvNorm stage{std::nullopt,           std::nullopt,           in.next<MaybeTensor>(), in.next<MaybeTensor>(),
-                       in.next<MaybeTensor>(), in.next<MaybeTensor>(), in.next<double>()};
+  ConvNorm stage = in.next_norm();
   const std::string group = in.next<std::string>();
   const Tensor e = dense(input, "e");
+  const int64_t channels = e.size(1);
+  stage.check(e, channels);
+  const Work work(e, 0);
   const double local = double(pixels_of(e));
-  const Doubles count = total_count(group, e, {local});
+  const Tensor own = doubles({1}, e);
+  work.run(Channels{1, Counts{{local, 0}, data_of(own)}});
+  const Tensor count = sum_over(group, own);
   Tensor mean = nothing(e), var = nothing(e);
   if (!stage.mean) {
     std::tie(mean, var) = channel_moments(e);
-    join(group, local, count[0], mean, var);
+    join(work, group, local, data_of(count), &mean, &var);
   }
-  const Norm norm(stage, std::nullopt, mean, var, count[0], e, e.size(1));
-  const std::array<Tensor, 4> results = {norm.of(e, std::nullopt, true), statistic(count, e), mean, var};
-  for (size_t i = 0; i < results.size(); ++i) stack[i] = torch::stable::detail::from(results[i]);
+  const Norm norm = norm_of(stage, std::nullopt, mean, var);
+  const Tensor table = passed({3, channels}, e);
+  work.run(Channels{channels, Then{variance(norm, var, data_of(count)), NormTable{norm, results(table), channels}}});
+  give(stack, {affine(e, std::nullopt, table, std::nullopt, true), count, mean, var});
 }
 
 // The gradients of e, of the norm's scale and shift, and of the bias of the convolution that made e.
@@ -293,17 +369,24 @@ void batch_norm_relu6_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   const Tensor gradient = in.next<Tensor>(), input = in.next<Tensor>(), pixels = in.next<Tensor>();
   const Tensor batch_mean = in.next<Tensor>(), batch_var = in.next<Tensor>();
-  const ConvNorm stage{std::nullopt,           std::nullopt,           in.next<MaybeTensor>(), in.next<MaybeTensor>(),
-                       in.next<MaybeTensor>(), in.next<MaybeTensor>(), in.next<double>()};
+  ConvNorm stage = in.next_norm();
   const std::string group = in.next<std::string>();
-  const Tensor dy = dense(gradient, "dy"), e = dense(input, "e"), count = statistic_of(pixels, "count", {1});
-  const std::vector<int64_t> channels = {stage.mean ? 0 : e.size(1)};
-  const Tensor mean = statistic_of(batch_mean, "e_mean", channels), var = statistic_of(batch_var, "e_var", channels);
-  const Norm norm(stage, std::nullopt, mean, var, data_of(count)[0], e, e.size(1));
-  const auto [de, sums] = norm_backward(norm, dy, e, true, group);
-  const Doubles scale = times(norm.rstd, sums.product), bias = bias_gradient(norm, sums.total);
-  const std::array<Tensor, 4> results = {de, rows(e, {&scale}), rows(e, {&sums.total}), rows(e, {&bias})};
-  for (size_t i = 0; i < results.size(); ++i) stack[i] = torch::stable::detail::from(results[i]);
+  const Tensor dy = dense(gradient, "dy"), e = dense(input, "e"), count = statistic(pixels, "count", e, {1});
+  const int64_t channels = e.size(1);
+  stage.check(e, channels);
+  const std::vector<int64_t> shape = {stage.mean ? 0 : channels};
+  const Tensor mean = statistic(batch_mean, "e_mean", e, shape), var = statistic(batch_var, "e_var", e, shape);
+  const Norm norm = norm_of(stage, std::nullopt, mean, var);
+  const Work work(e, 0);
+  const Tensor center = passed({channels}, e), gate = passed({2, channels}, e);
+  work.run(Channels{channels, NormBounds{norm, results(center), results(gate), channels}});
+  const auto gradient_of = [&](const MaybeTensor& t) {
+    return new_tensor({channels}, t.value_or(e), MemoryFormat::Contiguous);
+  };
+  const Tensor scale = gradient_of(stage.scale), shift = gradient_of(stage.shift), bias = gradient_of(std::nullopt);
+  const NormGradients gradients{results(bias), results(scale), results(shift)};
+  const Tensor de = norm_backward(work, group, norm, dy, e, center, gate, gradients, data_of(count));
+  give(stack, {de, scale, shift, bias});
 }
 
 // ------------------------------------------------------------------------------------------------------- a block
@@ -315,6 +398,9 @@ struct Statistics {
   Tensor x_mean;      // of all processes
   Tensor x_products;  // deviations of this process's x from that mean
   Tensor e_mean, e_var, d_mean, d_var, z_mean, z_var;
+
+  const double* e_count() const { return data_of(counts); }
+  const double* z_count() const { return data_of(counts) + 1; }
 };
 
 // What forward and backward both begin with: the weights as the passes take them.
@@ -322,11 +408,12 @@ struct Block {
   ConvNorm expand, depthwise, project;
   int64_t stride, dilation;
   std::vector<int64_t> padding;
-  bool residual;
+  bool residual, tf32;
   std::string group;
   Tensor x, centered;
   int64_t in, hidden, out;
-  MaybeTensor weight, bias;  // of the expansion with its BatchNorm in it
+  double x_pixels, z_pixels;  // of this process
+  MaybeTensor weight, bias;   // of the expansion with its BatchNorm in it
 
   Block(const Tensor& input, Arguments& a)
       : expand(a.next_stage()),
@@ -336,6 +423,7 @@ struct Block {
         dilation(a.next<int64_t>()),
         padding(a.next<std::vector<int64_t>>()),
         residual(a.next<bool>()),
+        tf32(a.next<bool>()),
         group(a.next<std::string>()),
         x(input),
         centered(input) {
@@ -347,118 +435,135 @@ struct Block {
     hidden = depthwise.weight->size(0);
     out = project.weight->size(0);
     check_options(in, hidden, out, stride, dilation, padding);
-    if (expand.weight) expand.weight = weight_of(*expand.weight, "expand_weight", x, {hidden, in, 1, 1});
-    depthwise.weight = weight_of(*depthwise.weight, "depthwise_weight", x, {hidden, 1, 3, 3});
-    project.weight = weight_of(*project.weight, "project_weight", x, {out, hidden, 1, 1});
+    const ScalarType type = depthwise.weight->scalar_type();
+    const auto check = [&](MaybeTensor* t, const char* name, const std::vector<int64_t>& shape) {
+      *t = parameter(**t, name, x, shape);
+      STD_TORCH_CHECK((*t)->scalar_type() == type, name, " must have the dtype of depthwise_weight");
+    };
+    check(&depthwise.weight, "depthwise_weight", {hidden, 1, 3, 3});
+    check(&project.weight, "project_weight", {out, hidden, 1, 1});
+    if (expand.weight) {
+      check(&expand.weight, "expand_weight", {hidden, in, 1, 1});
+      expand.check(x, hidden);
+    } else {
+      expand = {};
+    }
+    depthwise.check(x, hidden);
+    project.check(x, out);
     const int64_t height = out_extent(x.size(2), padding[2] + padding[3], stride, dilation);
     const int64_t width = out_extent(x.size(3), padding[0] + padding[1], stride, dilation);
     STD_TORCH_CHECK(!residual || (in == out && height == x.size(2) && width == x.size(3)),
                     "a residual needs an output of the shape of x, ", shape_of(x));
+    x_pixels = double(pixels_of(x));
+    z_pixels = double(x.size(0) * height * width);
   }
 
-  // Which of Gradients' places there is an argument for.
-  int64_t differentiable() const {
-    int64_t bits = 1, place = 1;
-    for (const ConvNorm* s : {&expand, &depthwise, &project}) {
-      for (const MaybeTensor* t : {&s->weight, &s->bias, &s->scale, &s->shift})
-        bits |= int64_t(t->has_value()) << place++;
-    }
-    return bits;
+  // The parameters that have a gradient, x before them.
+  std::array<MaybeTensor, 13> differentiable() const {
+    return {x,
+            expand.weight,
+            expand.bias,
+            expand.scale,
+            expand.shift,
+            depthwise.weight,
+            depthwise.bias,
+            depthwise.scale,
+            depthwise.shift,
+            project.weight,
+            project.bias,
+            project.scale,
+            project.shift};
   }
 
-  double pixels() const { return double(pixels_of(x)); }
+  // To what the passes round the matrices that they multiply x by.
+  Element matrix_type() const { return tf32 && x.scalar_type() == ScalarType::Float ? Element::kTf32 : element_of(x); }
 
-  // body(row h of the expansion, w): every weight of a block of hidden channels, input channel by input channel.
-  template <class Body>
-  void for_weights(int64_t first, int64_t count, const Body& body) const {
-    with_data(*expand.weight, [&](const auto* w) {
-      for (int64_t i = 0; i < in; ++i) {
-        for (int64_t c = 0; c < count; ++c) body(i, c, double(w[(first + c) * in + i]));
-      }
-    });
+  template <class T>
+  Expansion<T> expansion(const T* w) const {
+    return {w, in, hidden};
   }
-
-  // weight . v for v per input channel.
-  Doubles expanded(const Doubles& v) const {
-    Doubles result(hidden, 0);
-    on_channels(hidden, [&](int64_t first, int64_t count) {
-      for_weights(first, count, [&](int64_t i, int64_t c, double w) { result[first + c] += w * v[i]; });
-    });
-    return result;
-  }
-
-  // x_center, x_mean, x_products, e_mean, e_var. A large mean leaves x first, or e, and g summed over the pixels, would
-  // lose their last digits to it.
-  void expand_moments(Statistics* s) const {
-    const Doubles total = values(s->counts);
-    const bool batch = !expand.mean;
-    Tensor mean = nothing(x), products = mean;
-    std::tie(mean, products) = batch ? moments(x) : channel_moments(x);
-    const Doubles m = values(mean);
-    double* p = data_of(products);
-    const int64_t step = batch ? in + 1 : 1;
-    bool large = false;
-    for (int64_t i = 0; i < in; ++i) large |= m[i] * m[i] * pixels() > 16 * p[i * step];
-    s->x_center = statistic(large ? values(rows(x, {&m})) : Doubles(in, 0), x);
-    if (!batch) return;
-    Doubles joint = m;
-    if (!group.empty()) {
-      for (double& v : joint) v *= pixels();
-      sum_over(group, x, {&joint});
-      for (double& v : joint) v /= total[0];
-      for (int64_t i = 0; i < in; ++i) {
-        for (int64_t j = 0; j < in; ++j) p[i * in + j] += pixels() * (m[i] - joint[i]) * (m[j] - joint[j]);
-      }
-    }
-    s->x_mean = statistic(joint, x);
-    s->x_products = products;
-    Doubles all = values(products);
-    sum_over(group, x, {&all});
-    s->e_mean = statistic(expanded(joint), x);
-    s->e_var = doubles({hidden}, x);
-    double* var = data_of(s->e_var);
-    covariance_times(select_kernel(dtype_of(x, "x")), all.data(), expand.weight->data_ptr(), in, hidden, nullptr, var,
-                     thread_count(), on_torch_threads);
-    // Below 0 by rounding, where terms cancel; a NaN stays one.
-    for (int64_t c = 0; c < hidden; ++c) var[c] = var[c] < 0 ? 0 : var[c] / total[0];
-  }
-
-  Norm expand_norm(const Statistics& s) const {
-    return Norm(expand, expand.bias, s.e_mean, s.e_var, data_of(s.counts)[0], x, hidden);
-  }
-  Norm depthwise_norm(const Statistics& s) const {
-    return Norm(depthwise, depthwise.bias, s.d_mean, s.d_var, data_of(s.counts)[1], x, hidden);
-  }
+  Norm expand_norm(const Statistics& s) const { return norm_of(expand, expand.bias, s.e_mean, s.e_var); }
+  Norm depthwise_norm(const Statistics& s) const { return norm_of(depthwise, depthwise.bias, s.d_mean, s.d_var); }
   Norm project_norm(const Statistics& s) const {  // the bias is in z
-    return Norm(project, std::nullopt, s.z_mean, s.z_var, data_of(s.counts)[1], x, out);
+    return norm_of(project, std::nullopt, s.z_mean, s.z_var);
   }
 
-  // The expansion with its BatchNorm in it.
-  void fold_expand(const Statistics& s) {
-    if (!expand.weight) return;
-    const Norm norm = expand_norm(s);
-    Doubles shift = norm.shift, center = values(s.x_center);
-    if (std::any_of(center.begin(), center.end(), [](double c) { return c != 0; })) {
-      const Doubles moved = expanded(center), one(in, 1);
-      for (int64_t c = 0; c < hidden; ++c) shift[c] += norm.scale[c] * moved[c];
-      for (double& c : center) c = -c;
-      centered = affine(x, std::nullopt, rows(x, {&one, &one, &center}), std::nullopt, false);
+  // On the CPU a large mean leaves x first, or e, and g summed over the pixels, would lose their last digits to it.
+  // Elsewhere x stays as it is, since to choose is to wait; the fold takes care of the mean.
+  void choose_center(const Tensor& mean, const Tensor& products, const Tensor& center) const {
+    if (!on_cpu(x)) return;
+    const double *m = data_of(mean), *p = data_of(products);
+    const int64_t step = products.numel() == in ? 1 : in + 1;
+    bool large = false;
+    for (int64_t i = 0; i < in; ++i) large |= m[i] * m[i] * x_pixels > 16 * p[i * step];
+    for (int64_t i = 0; i < in; ++i) data_of(center)[i] = large ? rounded(m[i], element_of(x)) : 0;
+  }
+
+  // x_center, x_mean, x_products, e_mean, e_var.
+  void expand_moments(const Work& work, Statistics* s) const {
+    if (expand.mean) {
+      if (!on_cpu(x)) return;
+      const auto [mean, squares] = channel_moments(x);
+      return choose_center(mean, squares, s->x_center);
     }
-    weight = scaled(*expand.weight, norm.scale);
-    bias = rows(x, {&shift});
+    const auto [mean, products] = call<Tensor, Tensor>(MNV2_OPS "moments", x, tf32);
+    choose_center(mean, products, s->x_center);
+    s->x_mean = joint_mean(work, group, x_pixels, s->e_count(), mean);
+    s->x_products = products;
+    if (!group.empty()) {
+      work.run(Elements{in, in, Moved{x_pixels, data_of(mean), data_of(s->x_mean), data_of(products), in}});
+    }
+    const Tensor all = sum_over(group, products);
+    s->e_mean = doubles({hidden}, x);
+    s->e_var = doubles({hidden}, x);
+    const bool kernel = on_cpu(x);
+    const Tensor product = kernel ? nothing(x) : doubles({in, hidden}, x);
+    with_elements(*expand.weight, [&](const auto* w) {
+      if (kernel) {
+        kernel_covariance_times(all, w, nullptr, data_of(s->e_var));
+      } else {
+        work.run(Elements{in, hidden, CovarianceTimes{expansion(w), data_of(all), data_of(product)}});
+      }
+      work.run(Blocks{hidden, ExpandStatistics{expansion(w), data_of(s->x_mean), kernel ? nullptr : data_of(product),
+                                               s->e_count(), data_of(s->e_mean), data_of(s->e_var)}});
+    });
   }
 
-  // A weight with each output channel times its scale.
-  Tensor scaled(const Tensor& w, const Doubles& scale) const {
-    const Tensor t = new_tensor({w.size(0), w.size(1), w.size(2), w.size(3)}, w, MemoryFormat::Contiguous);
-    const int64_t row = w.numel() / w.size(0);
-    with_data(w, [&](const auto* from) {
-      auto* to = static_cast<std::remove_const_t<std::remove_pointer_t<decltype(from)>>*>(t.data_ptr());
-      for (size_t c = 0; c < scale.size(); ++c) {
-        for (int64_t i = 0; i < row; ++i) to[c * row + i] = scale[c] * double(from[c * row + i]);
-      }
-    });
-    return t;
+  // The two products of weights that the kernels of the CPU do.
+  void kernel_covariance_times(const Tensor& covariance, const void* w, double* product, double* variance) const {
+    if constexpr (!kEmulated) {
+      covariance_times(select_kernel(dtype_of(x, "x")), data_of(covariance), w, in, hidden, product, variance,
+                       thread_count(), on_torch_threads);
+    }
+  }
+  void kernel_gram(const void* w, const Tensor& q, const Tensor& matrix) const {
+    if constexpr (!kEmulated) {
+      gram(select_kernel(dtype_of(x, "x")), w, q.data_ptr(), in, hidden, matrix.data_ptr(), thread_count(),
+           on_torch_threads);
+    }
+  }
+
+  // The step that puts the BatchNorm into the expansion; takes the center from x.
+  template <class T>
+  ExpandFold<T> fold(const T* w, const Work& work, const Statistics& s) {
+    const double *center = data_of(s.x_center), *exact = nullptr;
+    if (!on_cpu(x)) {
+      exact = expand.mean ? nullptr : data_of(s.x_mean);
+    } else if (std::any_of(center, center + in, [](double c) { return c != 0; })) {
+      exact = center;
+      const Tensor table = passed({3, in}, x);
+      work.run(Channels{in, SumTable{center, results(table), in}});
+      centered = affine(x, std::nullopt, table, std::nullopt, false);
+    }
+    weight = passed({hidden, in, 1, 1}, x);
+    bias = passed({hidden}, x);
+    return {.expansion = expansion(w),
+            .norm = expand_norm(s),
+            .center = center,
+            .exact = exact,
+            .type = matrix_type(),
+            .weight = static_cast<Passed<T>*>(weight->data_ptr()),
+            .bias = static_cast<Passed<T>*>(bias->data_ptr())};
   }
 };
 
@@ -467,253 +572,255 @@ Statistics checked(const Block& b, const Statistics& s) {
   const int64_t x = b.expand.weight ? b.in : 0, e = b.expand.weight && !b.expand.mean ? 1 : 0;
   const int64_t d = b.depthwise.mean ? 0 : b.hidden, z = b.project.mean ? 0 : b.out;
   const std::vector<int64_t> products = e ? std::vector<int64_t>{b.in, b.in} : std::vector<int64_t>{0};
-  return {statistic_of(s.counts, "counts", {2}),
-          statistic_of(s.x_center, "x_center", {x}),
-          statistic_of(s.x_mean, "x_mean", {e * b.in}),
-          statistic_of(s.x_products, "x_products", products),
-          statistic_of(s.e_mean, "e_mean", {e * b.hidden}),
-          statistic_of(s.e_var, "e_var", {e * b.hidden}),
-          statistic_of(s.d_mean, "d_mean", {d}),
-          statistic_of(s.d_var, "d_var", {d}),
-          statistic_of(s.z_mean, "z_mean", {z}),
-          statistic_of(s.z_var, "z_var", {z})};
+  return {statistic(s.counts, "counts", b.x, {2}),
+          statistic(s.x_center, "x_center", b.x, {x}),
+          statistic(s.x_mean, "x_mean", b.x, {e * b.in}),
+          statistic(s.x_products, "x_products", b.x, products),
+          statistic(s.e_mean, "e_mean", b.x, {e * b.hidden}),
+          statistic(s.e_var, "e_var", b.x, {e * b.hidden}),
+          statistic(s.d_mean, "d_mean", b.x, {d}),
+          statistic(s.d_var, "d_var", b.x, {d}),
+          statistic(s.z_mean, "z_mean", b.x, {z}),
+          statistic(s.z_var, "z_var", b.x, {z})};
 }
 
 // y, z and the statistics.
 void block_train(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack);
-  const Tensor input = in.next<Tensor>();
-  Block b(input, in);
+  Arguments arguments(stack);
+  const Tensor input = arguments.next<Tensor>();
+  Block b(input, arguments);
   const Tensor& x = b.x;
-  const int64_t height = out_extent(x.size(2), b.padding[2] + b.padding[3], b.stride, b.dilation);
-  const int64_t width = out_extent(x.size(3), b.padding[0] + b.padding[1], b.stride, b.dilation);
-  const double count = double(x.size(0) * height * width);
-  const Tensor none = nothing(x);
-  Statistics s{none, none, none, none, none, none, none, none, none, none};
-  const Doubles counts = total_count(b.group, x, {b.pixels(), count});
-  s.counts = statistic(counts, x);
-  if (b.expand.weight) b.expand_moments(&s);
-  b.fold_expand(s);
+  const int64_t in = b.in, hidden = b.hidden, out = b.out;
+  const Work work(x, 0);
+  const Tensor counts = doubles({2}, x), project_bias = passed({out}, x);
+  const auto none = [&] { return nothing(x); };  // each its own: an op's results must not share memory
+  Statistics s{counts, doubles({b.expand.weight ? in : 0}, x), none(), none(), none(), none(), none(), none(), none(),
+               none()};
+  work.run(Beside{Channels{2, Counts{{b.x_pixels, b.z_pixels}, data_of(counts)}},
+                  Beside{Channels{s.x_center.numel(), Copy{{}, results(s.x_center)}},
+                         Channels{out, Copy{numbers(b.project.bias), results(project_bias)}}}});
+  s.counts = sum_over(b.group, counts);
+
+  if (b.expand.weight) {
+    b.expand_moments(work, &s);
+    with_elements(*b.expand.weight, [&](const auto* w) { work.run(Channels{hidden, b.fold(w, work, s)}); });
+  }
   if (!b.depthwise.mean) {
-    std::tie(s.d_mean, s.d_var) = call<Tensor, Tensor>("mnv2_fused::filter_moments", b.centered, b.weight, b.bias,
-                                                       *b.depthwise.weight, b.stride, b.dilation, b.padding);
-    join(b.group, count, counts[1], s.d_mean, s.d_var);
+    std::tie(s.d_mean, s.d_var) =
+        call<Tensor, Tensor>(MNV2_OPS "filter_moments", b.centered, b.weight, b.bias, passed(*b.depthwise.weight, x),
+                             b.stride, b.dilation, b.padding, b.tf32);
+    join(work, b.group, b.z_pixels, s.z_count(), &s.d_mean, &s.d_var);
   }
   const Norm depthwise = b.depthwise_norm(s);
-  const Doubles zero(b.out, 0);
-  const Tensor bias = b.project.bias ? *b.project.bias : rows(x, {&zero});
-  const Tensor z = std::get<0>(call<Tensor>(
-      "mnv2_fused::inverted_residual", b.centered, b.weight, b.bias, b.scaled(*b.depthwise.weight, depthwise.scale),
-      rows(x, {&depthwise.shift}), *b.project.weight, bias, b.stride, b.dilation, b.padding, false, false, false));
+  const Tensor filter = passed({hidden, 1, 3, 3}, x), shift = passed({hidden}, x);
+  with_elements(*b.depthwise.weight, [&](const auto* w) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
+    auto* const to = static_cast<Passed<T>*>(filter.data_ptr());
+    work.run(Channels{
+        hidden, Then{variance(depthwise, s.d_var, s.z_count()), DepthwiseFold<T>{depthwise, w, to, results(shift)}}});
+  });
+  const auto [z] =
+      call<Tensor>(MNV2_OPS "inverted_residual", b.centered, b.weight, b.bias, filter, shift,
+                   passed(*b.project.weight, x), project_bias, b.stride, b.dilation, b.padding, false, false, b.tf32);
   if (!b.project.mean) {
     std::tie(s.z_mean, s.z_var) = channel_moments(z);
-    join(b.group, count, counts[1], s.z_mean, s.z_var);
+    join(work, b.group, b.z_pixels, s.z_count(), &s.z_mean, &s.z_var);
   }
-  const Tensor y = b.project_norm(s).of(z, b.residual ? MaybeTensor(x) : std::nullopt, false);
-  const std::array<Tensor, 12> results = {y,        z,       s.counts, s.x_center, s.x_mean, s.x_products,
-                                          s.e_mean, s.e_var, s.d_mean, s.d_var,    s.z_mean, s.z_var};
-  // Empty ones are told apart: an op's results must not share memory.
-  for (size_t i = 0; i < results.size(); ++i) {
-    stack[i] = torch::stable::detail::from(i > 1 && !results[i].numel() ? nothing(x) : results[i]);
-  }
+  const Norm project = b.project_norm(s);
+  const Tensor table = passed({3, out}, x);
+  work.run(Channels{out, Then{variance(project, s.z_var, s.z_count()), NormTable{project, results(table), out}}});
+  const Tensor y = affine(z, b.residual ? MaybeTensor(x) : std::nullopt, table, std::nullopt, false);
+  give(stack,
+       {y, z, s.counts, s.x_center, s.x_mean, s.x_products, s.e_mean, s.e_var, s.d_mean, s.d_var, s.z_mean, s.z_var});
 }
 
 // The gradients, in the order of the arguments that have one: x, then weight, bias, scale and shift of each stage.
+// Those that are not wanted are empty, and x's until a pass gives it.
 struct Gradients {
   static constexpr int kCount = 13;
   enum Place { kX, kExpand, kDepthwise = 5, kProject = 9 };
   enum Field { kWeight, kBias, kScale, kShift };
 
-  const Tensor& like;
-  int64_t wanted;  // bits
-  std::vector<Tensor> results;
+  std::vector<Tensor> tensors;
 
-  Gradients(const Tensor& x, int64_t bits) : like(x), wanted(bits) {
-    for (int i = 0; i < kCount; ++i) results.push_back(new_tensor({0}, x, MemoryFormat::Contiguous));
+  Gradients(const Block& b, int64_t wanted) {
+    const std::array<MaybeTensor, kCount> like = b.differentiable();
+    for (int i = 0; i < kCount; ++i) {
+      bits_ |= int64_t(like[i] && wanted >> i & 1) << i;
+      const bool filled = i != kX && wants(i);
+      std::vector<int64_t> shape = {0};
+      if (filled) shape.assign(like[i]->sizes().begin(), like[i]->sizes().end());
+      tensors.push_back(new_tensor(shape, filled ? *like[i] : b.x, MemoryFormat::Contiguous));
+    }
   }
-  bool wants(int place) const { return wanted >> place & 1; }
-  bool wants_any(int place) const { return wanted >> place & 15; }
-  void set(int place, const Tensor& t) {
-    if (wants(place)) results[place] = t;
-  }
-  void set(int place, const Doubles& from) {
-    if (wants(place)) results[place] = rows(like, {&from});
-  }
-  void set_norm(int place, const Norm& norm, const Sums& sums) {
-    set(place + kBias, bias_gradient(norm, sums.total));
-    set(place + kScale, times(norm.rstd, sums.product));
-    set(place + kShift, sums.total);
-  }
-  // A weight's, from rows [k][channels] to [channels][k], or where `rows_first` as it is.
-  void set_weight(int place, const Tensor& weight, const Tensor& from, bool rows_first) {
-    if (!wants(place)) return;
-    const std::vector<int64_t> shape = {weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
-    const Tensor t = new_tensor(shape, weight, MemoryFormat::Contiguous);
-    const int64_t rows_ = from.size(0), columns = from.size(1);
-    const double* source = data_of(from);
-    with_data(t, [&](auto* to) {
-      for (int64_t i = 0; i < rows_; ++i) {
-        for (int64_t j = 0; j < columns; ++j)
-          to[rows_first ? i * columns + j : j * rows_ + i] = source[i * columns + j];
-      }
-    });
-    results[place] = t;
-  }
+  bool wants(int place) const { return bits_ >> place & 1; }
+  bool wants_any(int place) const { return bits_ >> place & 15; }
+  NormGradients norm(int place) const { return {at(place + kBias), at(place + kScale), at(place + kShift)}; }
+
+ private:
+  Results at(int place) const { return wants(place) ? results(tensors[place]) : Results{}; }
+  int64_t bits_ = 0;
 };
 
-// Through e's BatchNorm, from G (`gradient`, [in][hidden], over x less its center, as the kernel had it) and the sums
-// of ge and of ge h. Adds to dx what came through the statistics.
-void expand_backward(const Block& b, const Statistics& s, const Tensor& dx, const Tensor& dy, const Tensor& gradient,
-                     const double* sums, Gradients* result) {
+// Through e's BatchNorm, from G (`g`, over x less its center, as the kernel had it) and the sums of ge and of ge h.
+// Adds to dx what came through the statistics.
+template <class T>
+void expand_backward(const Block& b, Work* work, const Statistics& s, const T* w, const ExpandInputs& inputs,
+                     const Tensor& dx, const Tensor& dy, const Tensor& g, const double* found, Gradients* result) {
   const Norm norm = b.expand_norm(s);
+  const Expansion<T> expansion = b.expansion(w);
   const int64_t in = b.in, hidden = b.hidden;
-  const double *g = data_of(gradient), *with_h = sums + hidden;
-  const Doubles center = values(s.x_center), x_mean = values(s.x_mean);
-  Doubles mean(in), size(in, 0);
-  for (int64_t i = 0; i < in; ++i) {
-    mean[i] = norm.batch ? x_mean[i] - center[i] : -center[i];
-    if (norm.batch) size[i] = std::sqrt(data_of(s.x_products)[i * (in + 1)] / b.pixels());
+  const bool batch = norm.batch(), kernel = on_cpu(b.x);
+  const bool want_x = batch && result->wants(Gradients::kX), want_weight = result->wants(Gradients::kExpand);
+  const Tensor sums = doubles({2, hidden}, b.x);
+  double *const scale = work->take(hidden), *const minus_q = work->take(hidden), *const constant = work->take(hidden);
+  const Tensor q = passed({kernel ? hidden : 0}, b.x);
+  const ExpandSums<T> own{.expansion = expansion,
+                          .norm = norm,
+                          .g = data_of(g),
+                          .found = found,
+                          .mean = inputs.mean,
+                          .size = inputs.size,
+                          .sums = data_of(sums),
+                          .scale = scale,
+                          .gradients = result->norm(Gradients::kExpand)};
+  ExpandBackward back{.norm = norm,
+                      .sums = data_of(sums),
+                      .count = s.e_count(),
+                      .minus_q = minus_q,
+                      .constant = constant,
+                      .rounded = kernel ? results(q) : Results{},
+                      .hidden = hidden};
+  if (batch && b.group.empty()) {
+    work->run(Blocks{hidden, Then{own, back}});
+  } else {
+    work->run(Blocks{hidden, own});
   }
-  // The sum of ge (e - mean of e), in two ways. Where ge is not 0, h is the affine map of e, so the sum of ge h gives
-  // it, unless the map is flat. So does G, whose large terms cancel where channels are correlated: worse than those of
-  // h, if it is not their mean that is large.
-  Sums found{Doubles(sums, sums + hidden), Doubles(hidden)};
-  on_channels(hidden, [&](int64_t first, int64_t count) {
-    double product[kBlock] = {}, gap[kBlock] = {}, deviation[kBlock] = {}, offset[kBlock] = {};
-    b.for_weights(first, count, [&](int64_t i, int64_t c, double w) {
-      product[c] += g[i * hidden + first + c] * w;
-      gap[c] += mean[i] * w;
-      deviation[c] += size[i] * std::abs(w);
-      offset[c] += std::abs(mean[i] * w);
-    });
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t h = first + c;
-      const double scale = norm.scale[h], e_mean = norm.batch ? gap[c] : norm.mean[h] + gap[c];
-      const bool through_h = std::abs(scale) > 1e-3 * norm.rstd[h] && (!norm.batch || deviation[c] > offset[c]);
-      found.product[h] = through_h ? (with_h[h] - sums[h] * (norm.shift[h] + scale * norm.mean[h])) / scale
-                                   : product[c] - sums[h] * e_mean;
+  const double *deviation = nullptr, *rest = nullptr;
+  if (batch && !b.group.empty()) {
+    const Tensor all = sum_over(b.group, sums);
+    back.sums = data_of(all);
+    work->run(Channels{hidden, back});
+    if (want_weight) {
+      const auto [x_mean, squares] = channel_moments(b.x);
+      double *const moved = work->take(in), *const left = work->take(hidden);
+      work->run(Channels{in, Deviation{b.x_pixels, data_of(x_mean), inputs.x_mean, moved}});
+      work->run(Blocks{hidden, Rest<T>{expansion, b.x_pixels, moved, scale, data_of(sums), minus_q, constant, left}});
+      deviation = moved, rest = left;
     }
-  });
-  result->set_norm(Gradients::kExpand, norm, found);
-  const bool want_weight = result->wants(Gradients::kExpand);
-  const Tensor weight = new_tensor({want_weight ? hidden : 0, in, 1, 1}, b.x, MemoryFormat::Contiguous);
-  // Row h of the weight's gradient: scale G, and what value(i, h) says.
-  const auto set_weight = [&](const auto& value) {
-    if (!want_weight) return;
-    with_data(weight, [&](auto* to) {
-      on_channels(hidden, [&](int64_t first, int64_t count) {
-        for (int64_t i = 0; i < in; ++i) {
-          for (int64_t h = first; h < first + count; ++h) {
-            to[h * in + i] = norm.scale[h] * g[i * hidden + h] + value(i, h);
-          }
-        }
-      });
-    });
-    result->set(Gradients::kExpand, weight);
-  };
-  if (!norm.batch) {
-    return set_weight([&](int64_t i, int64_t h) { return center[i] * norm.scale[h] * found.total[h]; });
   }
 
-  Sums joint = found;
-  sum_over(b.group, b.x, {&joint.total, &joint.product});
-  Doubles minus_q(hidden), constant(hidden);
-  for (int64_t h = 0; h < hidden; ++h) {
-    minus_q[h] = -norm.scale[h] * norm.rstd[h] * norm.rstd[h] * joint.product[h] / norm.count;
-    constant[h] = norm.scale[h] * joint.total[h] / norm.count;
+  const int64_t gradient_rows = want_weight ? in : 0, product_rows = batch ? gradient_rows : 0;
+  const int64_t matrix_rows = want_x ? in : 0;
+  const Tensor product = doubles({product_rows, hidden}, b.x), matrix = passed({matrix_rows, in}, b.x);
+  auto* const matrix_at = static_cast<Passed<T>*>(matrix.data_ptr());
+  const ExpandGradient<T> gradient{.in = in,
+                                   .hidden = hidden,
+                                   .g = data_of(g),
+                                   .scale = scale,
+                                   .total = data_of(sums),
+                                   .mean = inputs.mean,
+                                   .product = product_rows ? data_of(product) : nullptr,
+                                   .minus_q = minus_q,
+                                   .x_mean = inputs.x_mean,
+                                   .deviation = deviation,
+                                   .rest = rest,
+                                   .constant = constant,
+                                   .to = static_cast<T*>(result->tensors[Gradients::kExpand].data_ptr())};
+  if (kernel) {
+    if (product_rows) b.kernel_covariance_times(s.x_products, w, data_of(product), nullptr);
+    work->run(Elements{gradient_rows, hidden, gradient});
+    if (matrix_rows) b.kernel_gram(w, q, matrix);
+  } else {
+    const CovarianceTimes<T> times{expansion, inputs.products, product_rows ? data_of(product) : nullptr};
+    const Gram<T> gram{expansion, minus_q, b.matrix_type(), matrix_at};
+    work->run(Beside{Elements{gradient_rows, hidden, Then{times, gradient}}, Elements{matrix_rows, in, gram}});
   }
-  const Kernel& kernel = select_kernel(dtype_of(b.x, "x"));
-  if (want_weight) {
-    const Tensor products = doubles({in, hidden}, b.x);
-    const double* p = data_of(products);
-    covariance_times(kernel, data_of(s.x_products), b.expand.weight->data_ptr(), in, hidden, data_of(products), nullptr,
-                     thread_count(), on_torch_threads);
-    // Of one process alone, the deviations of x and those of the gradient do not add up to 0.
-    Doubles deviation(in, 0), rest(hidden, 0);
-    if (!b.group.empty()) {
-      const Doubles own = values(std::get<0>(channel_moments(b.x)));
-      for (int64_t i = 0; i < in; ++i) deviation[i] = b.pixels() * (own[i] - x_mean[i]);
-      const Doubles moved = b.expanded(deviation);
-      for (int64_t h = 0; h < hidden; ++h) {
-        rest[h] = norm.scale[h] * found.total[h] - constant[h] * b.pixels() + minus_q[h] * moved[h];
-      }
-    }
-    set_weight([&](int64_t i, int64_t h) {
-      return minus_q[h] * p[i * hidden + h] - mean[i] * norm.scale[h] * found.total[h] + x_mean[i] * rest[h] -
-             deviation[i] * constant[h];
-    });
-  }
-  if (!result->wants(Gradients::kX)) return;
-  const Tensor matrix = new_tensor({in, in}, b.x, MemoryFormat::Contiguous);
-  gram(kernel, b.expand.weight->data_ptr(), rows(b.x, {&minus_q}).data_ptr(), in, hidden, matrix.data_ptr(),
-       thread_count(), on_torch_threads);
-  Doubles shift(in, 0);
-  b.for_weights(0, hidden, [&](int64_t i, int64_t h, double w) { shift[i] -= w * constant[h]; });
-  with_data(matrix, [&](const auto* m) {
-    for (int64_t i = 0; i < in; ++i) {
-      for (int64_t j = 0; j < in; ++j) shift[i] -= double(m[i * in + j]) * mean[j];
-    }
-  });
-  const MaybeTensor residual = b.residual ? MaybeTensor(dy) : std::nullopt;
-  call<>("mnv2_fused::matrix_add_", dx, b.centered, matrix, rows(b.x, {&shift}), residual);
+  if (!want_x) return;
+  const Tensor shift = passed({in}, b.x);
+  auto* const shift_at = static_cast<Passed<T>*>(shift.data_ptr());
+  work->run(Blocks{in, ExpandShift<T>{expansion, constant, inputs.mean, matrix_at, shift_at}});
+  call<>(MNV2_OPS "matrix_add_", dx, b.centered, matrix, shift, b.residual ? MaybeTensor(dy) : std::nullopt, b.tf32);
 }
 
 // The gradients that are wanted; the others are empty.
 void block_train_backward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack);
-  const Tensor gradient = in.next<Tensor>(), projection = in.next<Tensor>();
-  const auto next = [&] { return in.next<Tensor>(); };
+  Arguments arguments(stack);
+  const Tensor gradient = arguments.next<Tensor>(), projection = arguments.next<Tensor>();
+  const auto next = [&] { return arguments.next<Tensor>(); };
   const Statistics given{next(), next(), next(), next(), next(), next(), next(), next(), next(), next()};
-  const int64_t wanted = in.next<int64_t>();
-  const Tensor input = in.next<Tensor>();
-  Block b(input, in);
+  const int64_t wanted = arguments.next<int64_t>();
+  const Tensor input = arguments.next<Tensor>();
+  Block b(input, arguments);
   const Tensor dy = dense(gradient, "dy"), z = dense(projection, "z");
   const Statistics s = checked(b, given);
-  Gradients result(b.x, wanted & b.differentiable());
+  const int64_t in = b.in, hidden = b.hidden, out = b.out;
+  Gradients result(b, wanted);
   using G = Gradients;
+  const bool want_x = result.wants(G::kX);
+  const bool below = want_x || result.wants_any(G::kExpand) || result.wants(G::kDepthwise);
+  const bool through_e = b.expand.weight && (result.wants_any(G::kExpand) || (want_x && !b.expand.mean));
+  Work work(b.x, 2 * in + 4 * hidden);
 
   // z's BatchNorm, over narrow tensors.
-  const Norm project = b.project_norm(s);
-  const auto [dz_, project_sums] = norm_backward(project, dy, z, false, b.group);
-  const Tensor dz = dz_;
-  result.set_norm(G::kProject, project, project_sums);
+  const Norm project = b.project_norm(s), depthwise = b.depthwise_norm(s);
+  const Tensor center = passed({out}, b.x);
+  const bool batch = through_e && !b.expand.mean;
+  const ExpandInputs inputs{.x_mean = batch ? data_of(s.x_mean) : nullptr,
+                            .products = batch ? data_of(s.x_products) : nullptr,
+                            .center = data_of(s.x_center),
+                            .pixels = b.x_pixels,
+                            .in = in,
+                            .mean = work.take(in),
+                            .size = work.take(in)};
+  work.run(Beside{Channels{out, NormBounds{project, results(center), {}, out}}, Channels{through_e ? in : 0, inputs}});
+  const Tensor dz =
+      norm_backward(work, b.group, project, dy, z, center, std::nullopt, result.norm(G::kProject), s.z_count());
 
   // The recomputed part: with batch statistics once for d's sums, once more for what is below; else once for all.
-  const bool want_x = result.wants(G::kX),
-             below = want_x || result.wants_any(G::kExpand) || result.wants(G::kDepthwise);
   if (below || result.wants_any(G::kDepthwise) || result.wants(G::kProject)) {
-    b.fold_expand(s);
-    const Norm norm = b.depthwise_norm(s);
-    const bool through_e = b.expand.weight && (result.wants_any(G::kExpand) || (want_x && !b.expand.mean));
-    const int64_t bits = kDx * want_x | kExpandGradient * through_e | kDepthwiseGradient * result.wants(G::kDepthwise);
-    const auto gradients = [&](const std::array<Doubles, 3>& pqr, int64_t which) {
-      const Tensor table = rows(b.x, {&norm.scale, &norm.shift, &norm.mean, &pqr[0], &pqr[1], &pqr[2]});
-      return call<Tensor, Tensor, Tensor, Tensor, Tensor>("mnv2_fused::block_gradients", dz, b.centered, b.weight,
-                                                          b.bias, *b.depthwise.weight, *b.project.weight, table,
-                                                          b.stride, b.dilation, b.padding, which);
+    const Tensor table = passed({6, hidden}, b.x);
+    const DepthwiseTable frozen{depthwise, results(table), hidden};
+    if (b.expand.weight) {
+      with_elements(*b.expand.weight,
+                    [&](const auto* w) { work.run(Channels{hidden, Then{b.fold(w, work, s), frozen}}); });
+    } else {
+      work.run(Channels{hidden, frozen});
+    }
+    const Tensor depthwise_weight = passed(*b.depthwise.weight, b.x), project_weight = passed(*b.project.weight, b.x);
+    const auto gradients = [&](int64_t which) {
+      return call<Tensor, Tensor, Tensor, Tensor, Tensor>(MNV2_OPS "block_gradients", dz, b.centered, b.weight, b.bias,
+                                                          depthwise_weight, project_weight, table, b.stride, b.dilation,
+                                                          b.padding, which, b.tf32);
     };
-    const Doubles zero(b.hidden, 0);
-    const bool once = !norm.batch;
-    auto [dx, expand, depthwise, project_gradient, sums] =
-        gradients({norm.scale, zero, zero}, (once ? bits : 0) | kProjectGradient * result.wants(G::kProject));
-    Sums found = norm.sums(data_of(sums), rows(b.x, {&norm.mean}));
-    result.set_norm(G::kDepthwise, norm, found);
-    result.set_weight(G::kProject, *b.project.weight, project_gradient, true);
-    if (below && !once) {
-      sum_over(b.group, b.x, {&found.total, &found.product});
-      std::tie(dx, expand, depthwise, std::ignore, sums) = gradients(norm.backward(found), bits);
+    const int64_t bits = kDx * want_x | kExpandGradient * through_e | kDepthwiseGradient * result.wants(G::kDepthwise);
+    const bool once = !depthwise.batch();
+    auto [dx, expand_sums, depthwise_sums, project_sums, sums] =
+        gradients((once ? bits : 0) | kProjectGradient * result.wants(G::kProject) | kSums);
+    // A weight's, from sums [rows][columns] to [columns][rows].
+    const auto weight_gradient = [&](int place, const Tensor& from, int64_t rows, int64_t columns) {
+      if (!result.wants(place)) return;
+      with_elements(result.tensors[place],
+                    [&](auto* to) { work.run(Elements{rows, columns, Transposed{data_of(from), to, rows, columns}}); });
+    };
+    weight_gradient(G::kProject, project_sums, 1, out * hidden);
+    norm_backward(work, b.group, depthwise, sums, numbers(table, 2 * hidden), result.norm(G::kDepthwise), s.z_count(),
+                  results(table, 3 * hidden), below);
+    if (below && !once) std::tie(dx, expand_sums, depthwise_sums, std::ignore, sums) = gradients(bits);
+    if (through_e) {
+      with_elements(*b.expand.weight, [&](const auto* w) {
+        expand_backward(b, &work, s, w, inputs, dx, dy, expand_sums, data_of(sums) + 2 * hidden, &result);
+      });
     }
-    if (below) {
-      result.set_weight(G::kDepthwise, *b.depthwise.weight, depthwise, false);
-      if (through_e) expand_backward(b, s, dx, dy, expand, data_of(sums) + 2 * b.hidden, &result);
-      if (want_x && b.residual && (!b.expand.weight || b.expand.mean)) {
-        const Doubles one(b.in, 1), none(b.in, 0);
-        dx = affine(dx, dy, rows(b.x, {&one, &one, &none}), std::nullopt, false);
-      }
-      result.set(G::kX, dx);
+    weight_gradient(G::kDepthwise, depthwise_sums, 9, hidden);
+    if (want_x && b.residual && (!b.expand.weight || b.expand.mean)) {
+      const Tensor ones = passed({3, in}, b.x);
+      work.run(Channels{in, SumTable{nullptr, results(ones), in}});
+      dx = affine(dx, dy, ones, std::nullopt, false);
     }
+    if (want_x) result.tensors[G::kX] = dx;
   }
-  for (int i = 0; i < G::kCount; ++i) stack[i] = torch::stable::detail::from(result.results[i]);
+  give(stack, result.tensors);
 }
 
 #define MNV2_STAGE(name)                                                                                          \
@@ -721,7 +828,7 @@ void block_train_backward(StableIValue* stack, uint64_t, uint64_t) {
   "_mean, Tensor? " name "_var, float " name "_eps, "
 #define MNV2_BLOCK                                          \
   "Tensor x, " MNV2_STAGE("expand") MNV2_STAGE("depthwise") \
-      MNV2_STAGE("project") "int stride, int dilation, int[] padding, bool residual, str group"
+      MNV2_STAGE("project") "int stride, int dilation, int[] padding, bool residual, bool tf32, str group"
 #define MNV2_STATISTICS                                                                                            \
   "Tensor counts, Tensor x_center, Tensor x_mean, Tensor x_products, Tensor e_mean, Tensor e_var, Tensor d_mean, " \
   "Tensor d_var, Tensor z_mean, Tensor z_var"
@@ -730,7 +837,7 @@ void block_train_backward(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 }  // namespace mnv2_fused
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mnv2_fused, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MNV2_LIBRARY, m) {
   m.def("block_train(" MNV2_BLOCK ") -> (" MNV2_TENSORS_4 ", " MNV2_TENSORS_4 ", " MNV2_TENSORS_4 ")");
   m.def("block_train_backward(Tensor dy, Tensor z, " MNV2_STATISTICS ", int wanted, " MNV2_BLOCK
         ") -> (Tensor, " MNV2_TENSORS_4 ", " MNV2_TENSORS_4 ", " MNV2_TENSORS_4 ")");
@@ -742,9 +849,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mnv2_fused, m) {
       "Tensor? shift, Tensor? mean, Tensor? var, float eps, str group) -> (" MNV2_TENSORS_4 ")");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
-  m.impl("block_train", &mnv2_fused::block_train);
-  m.impl("block_train_backward", &mnv2_fused::block_train_backward);
-  m.impl("batch_norm_relu6", &mnv2_fused::batch_norm_relu6);
-  m.impl("batch_norm_relu6_backward", &mnv2_fused::batch_norm_relu6_backward);
-}
+#define MNV2_IMPLEMENTATIONS                                         \
+  m.impl("block_train", &mnv2_fused::block_train);                   \
+  m.impl("block_train_backward", &mnv2_fused::block_train_backward); \
+  m.impl("batch_norm_relu6", &mnv2_fused::batch_norm_relu6);         \
+  m.impl("batch_norm_relu6_backward", &mnv2_fused::batch_norm_relu6_backward)
+
+STABLE_TORCH_LIBRARY_IMPL(MNV2_LIBRARY, CPU, m) { MNV2_IMPLEMENTATIONS; }
+#ifdef MNV2_FUSED_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(MNV2_LIBRARY, CUDA, m) { MNV2_IMPLEMENTATIONS; }
+#endif

@@ -1,5 +1,5 @@
 // The passes of training over pixels, each an op of its own: checks and allocation. training_ops.cpp makes a block of
-// them.
+// them. `tf32` is for CUDA.
 #include <tuple>
 
 #include "tensors.h"
@@ -63,7 +63,7 @@ struct Rows {
   const void* data() const { return tensor.data_ptr(); }
 };
 
-std::tuple<Tensor, Tensor> moments_of(const Tensor& input) {
+std::tuple<Tensor, Tensor> moments_of(const Tensor& input, bool) {
   STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.size(1) > 0, "x must be [N, C, H, W] on the CPU, got ",
                   shape_of(input));
   const Kernel& kernel = select_kernel(dtype_of(input, "x"));
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> moments_of(const Tensor& input) {
 
 std::tuple<Tensor, Tensor> filter_moments(const Tensor& x, const std::optional<Tensor>& expand_weight,
                                           const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight,
-                                          int64_t stride, int64_t dilation, std::vector<int64_t> padding) {
+                                          int64_t stride, int64_t dilation, std::vector<int64_t> padding, bool) {
   const int64_t hidden = depthwise_weight.size(0);
   const TrainingBlock block(x, expand_weight.has_value(), hidden, 1, stride, dilation, padding);
   BlockPass pass = block.pass();
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> filter_moments(const Tensor& x, const std::optional<T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
     const Tensor& dz, const Tensor& x, const std::optional<Tensor>& expand_weight,
     const std::optional<Tensor>& expand_bias, const Tensor& depthwise_weight, const Tensor& project_weight,
-    const Tensor& coefficients, int64_t stride, int64_t dilation, std::vector<int64_t> padding, int64_t wanted) {
+    const Tensor& coefficients, int64_t stride, int64_t dilation, std::vector<int64_t> padding, int64_t wanted, bool) {
   const int64_t in = x.size(1), hidden = depthwise_weight.size(0), out = project_weight.size(0);
   const TrainingBlock block(x, expand_weight.has_value(), hidden, out, stride, dilation, padding);
   check_shape(dz, "dz", x, {x.size(0), out, block.out_height, block.out_width});
@@ -174,7 +174,7 @@ Tensor affine_of(const Tensor& input, const std::optional<Tensor>& other, const 
 }
 
 void matrix_add_to(Tensor y, const Tensor& input, const Tensor& matrix, const Tensor& bias,
-                   const std::optional<Tensor>& residual) {
+                   const std::optional<Tensor>& residual, bool) {
   const Rows x(input, "x");
   STD_TORCH_CHECK(x.like(y, "y").data_ptr() == y.data_ptr(), "y must be dense in channels_last");
   std::optional<Tensor> r;
@@ -189,18 +189,13 @@ void matrix_add_to(Tensor y, const Tensor& input, const Tensor& matrix, const Te
 }  // namespace mnv2_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mnv2_fused, m) {
-  m.def("moments(Tensor x) -> (Tensor, Tensor)");
-  m.def("channel_moments(Tensor x) -> (Tensor, Tensor)");
-  m.def("channel_products(Tensor a, Tensor b, Tensor center, Tensor? gate) -> Tensor");
-  m.def("affine(Tensor a, Tensor? b, Tensor coefficients, Tensor? gate, bool relu6) -> Tensor");
-  m.def("matrix_add_(Tensor(a!) y, Tensor x, Tensor matrix, Tensor bias, Tensor? residual) -> ()");
-  m.def(
-      "filter_moments(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, int stride, "
-      "int dilation, int[] padding) -> (Tensor, Tensor)");
-  m.def(
-      "block_gradients(Tensor dz, Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
-      "Tensor project_weight, Tensor coefficients, int stride, int dilation, int[] padding, int wanted) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(MNV2_MOMENTS);
+  m.def(MNV2_CHANNEL_MOMENTS);
+  m.def(MNV2_CHANNEL_PRODUCTS);
+  m.def(MNV2_AFFINE);
+  m.def(MNV2_MATRIX_ADD);
+  m.def(MNV2_FILTER_MOMENTS);
+  m.def(MNV2_BLOCK_GRADIENTS);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {

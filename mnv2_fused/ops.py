@@ -251,7 +251,7 @@ def _doubles(x: Tensor, *size: int) -> Tensor:
 
 
 @torch.library.register_fake("mnv2_fused::moments")
-def _(x):
+def _(x, tf32=False):
     return _doubles(x, x.shape[1]), _doubles(x, x.shape[1], x.shape[1])
 
 
@@ -272,8 +272,8 @@ def _(e, scale, shift, mean, var, eps, group):
 
 
 @torch.library.register_fake("mnv2_fused::batch_norm_relu6_backward")
-def _(dy, e, *_):
-    channels = [e.new_empty(e.shape[1]) for _ in range(3)]
+def _(dy, e, count, e_mean, e_var, scale, shift, *_):
+    channels = (e.new_empty(e.shape[1], dtype=(e if t is None else t).dtype) for t in (scale, shift, None))
     return torch.empty_like(e, memory_format=torch.channels_last), *channels
 
 
@@ -283,19 +283,20 @@ def _(a, b, coefficients, gate, relu6):
 
 
 @torch.library.register_fake("mnv2_fused::matrix_add_")
-def _(y, x, matrix, bias, residual):
+def _(y, x, matrix, bias, residual, tf32=False):
     return None
 
 
 @torch.library.register_fake("mnv2_fused::filter_moments")
-def _(x, expand_weight, expand_bias, depthwise_weight, stride, dilation, padding):
+def _(x, expand_weight, expand_bias, depthwise_weight, stride, dilation, padding, tf32=False):
     return _doubles(x, depthwise_weight.shape[0]), _doubles(x, depthwise_weight.shape[0])
 
 
 @torch.library.register_fake("mnv2_fused::block_gradients")
 def _(
-    dz, x, expand_weight, expand_bias, depthwise_weight, project_weight, coefficients, stride, dilation, padding, wanted
-):
+    dz, x, expand_weight, expand_bias, depthwise_weight, project_weight, coefficients,
+    stride, dilation, padding, wanted, tf32=False,
+):  # fmt: skip
     hidden = depthwise_weight.shape[0]
     dx = x.new_empty(0)
     if wanted & WANT_X:
@@ -311,7 +312,7 @@ torch.library.register_autograd("mnv2_fused::block_gradients", _no_second_deriva
 
 
 @register_flop_formula(_OPS.block_gradients, get_raw=True)
-def _(dz, x, we, be, wd, wp, coefficients, stride, dilation, padding, wanted, out_val=None, **_) -> int:
+def _(dz, x, we, be, wd, wp, coefficients, stride, dilation, padding, wanted, tf32=False, out_val=None, **_) -> int:
     """Of the gradients; what is computed anew on the way is not counted, as that of a checkpoint is not."""
     batch, channels, height, width = x.shape
     pixels, out_pixels = batch * height * width, batch * dz.shape[2] * dz.shape[3]

@@ -67,7 +67,7 @@ def _(x, *arguments):
     """y, z and the statistics."""
     stages = [ConvNorm(*arguments[i : i + _FIELDS]) for i in range(0, _INPUTS, _FIELDS)]
     expand, depthwise, project = stages
-    *geometry, residual, _ = arguments[_INPUTS:]
+    *geometry, residual, _, _ = arguments[_INPUTS:]
     hidden, out_channels, channels = depthwise.weight.shape[0], project.weight.shape[0], x.shape[1]
     pair = (None, None) if expand.weight is None else (expand.weight, x.new_empty(hidden))
     biases = x.new_empty(hidden), x.new_empty(out_channels)
@@ -350,8 +350,9 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     for stage, shape in zip(stages, (x.shape, out_shape, out_shape), strict=True):
         if stage.weight is not None and stage.mean is None and not group:
             _verify_batch_size([shape[0], stage.weight.shape[0], *shape[2:]])
+    tf32 = ops.uses_tf32(x)
     y, _, counts, _, _, _, *statistics = _OPS.block_train(
-        x, *(value for stage in stages for value in stage), layer.stride, layer.dilation, sides, residual, group
+        x, *(value for stage in stages for value in stage), layer.stride, layer.dilation, sides, residual, tf32, group
     )
     for i, bn in enumerate(norms):
         if bn is not None:

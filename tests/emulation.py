@@ -1,4 +1,4 @@
-"""Builds csrc/cuda/ for the host, kernels and ops: a library whose ops run the threads of a GPU one after the other.
+"""Builds csrc/cuda/ and csrc/training_ops.cpp for the host: a library whose ops run the threads of a GPU in turn.
 
 The kernels are the same templates that nvcc compiles; csrc/cuda/host.h takes the place of the device.
 """
@@ -16,7 +16,10 @@ import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.c*")), ROOT / "csrc/cpu/pack.cpp"]
+SOURCES = [
+    *sorted((ROOT / "csrc/cuda").glob("*.c*")),
+    *(ROOT / "csrc" / name for name in ("training_ops.cpp", "cpu/pack.cpp")),
+]
 # How far from float64 a result on CUDA may be, in the norm over all elements, by how numbers are stored and multiplied.
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2, "tf32": 1e-3, "float32": 1e-5}
 TYPES = tuple(TOLERANCE)

@@ -221,34 +221,36 @@ def test_gradients_of_200_random_blocks(call: Op, kind: str) -> None:
         check_gradients(call, random_block(seed), kind)
 
 
+def everything(block: Block, kind: str) -> list[Tensor]:
+    """What all passes make of a block, emulated."""
+    run, tf32 = torch.ops.mnv2_emulated, kind == "tf32"
+    x, we, be, wd, _, wp, _ = apart(block, dtype_of(kind))
+    table, center = randn(6, block.hidden_channels), randn(block.in_channels)
+    sides = (block.padding,) * 4 if isinstance(block.padding, int) else block.padding
+    geometry = block.stride, block.dilation, sides
+    shape = ops.inverted_residual_reference(*apart(block, torch.float32), **block.options).shape
+    y = torch.zeros_like(x, memory_format=torch.channels_last)
+    run.matrix_add_(y, x, center.outer(center), center, x, tf32)
+    return [
+        y,
+        *run.moments(x, tf32),
+        *run.channel_moments(x),
+        run.channel_products(x, x, center, None),
+        *run.filter_moments(x, we, be, wd, *geometry, tf32),
+        *run.block_gradients(randn(*shape).to(x.dtype), x, we, be, wd, wp, table, *geometry, 31, tf32),
+    ]
+
+
 @pytest.mark.parametrize("order", ["backward", "random"])
 @pytest.mark.parametrize("kind", TYPES)
 def test_threads_in_another_order(emulated: None, order: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same comes out however the threads run between two barriers, and whenever copies arrive."""
-    run = torch.ops.mnv2_emulated
     for block in (random_block(3), Block(24, 96, 24, 9, 8, stride=2), Block(160, 40, 40, 5, 5, batch=3)):
-        x, we, be, wd, bd, wp, _ = apart(block, dtype_of(kind))
-        table = randn(6, block.hidden_channels)
-        sides = (block.padding,) * 4 if isinstance(block.padding, int) else block.padding
-        geometry = block.stride, block.dilation, sides
-        dz = torch.randn_like(ops.inverted_residual_reference(*apart(block, torch.float32), **block.options)).to(
-            x.dtype
-        )
-
-        def everything() -> list[Tensor]:
-            y = x.contiguous(memory_format=torch.channels_last).clone(memory_format=torch.preserve_format)
-            run.matrix_add_(y, x, table[:1].T @ table[1:2], table[0], None, kind == "tf32") if we is None else None
-            return [
-                *run.moments(x, kind == "tf32"), *run.channel_moments(x),
-                run.channel_products(x, x, table[0, :1].expand(x.shape[1]).contiguous(), None),
-                *run.filter_moments(x, we, be, wd, *geometry, kind == "tf32"),
-                *run.block_gradients(dz, x, we, be, wd, wp, table, *geometry, 31, kind == "tf32"),
-            ]  # fmt: skip
-
         monkeypatch.delenv("MNV2_EMULATION_ORDER", raising=False)
-        usual = everything()
+        usual = everything(block, kind)
         monkeypatch.setenv("MNV2_EMULATION_ORDER", order)
-        assert all(torch.equal(a, b) for a, b in zip(everything(), usual, strict=True)), (block, kind)
+        for a, b in zip(everything(block, kind), usual, strict=True):
+            assert torch.equal(a, b), (block, kind)
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 4, 8, 16, 3, 6, 0])
@@ -259,12 +261,10 @@ def test_only_what_is_wanted(call: Op, wanted: int) -> None:
     arguments = dz, x, we, be, wd, wp, table, 1, 1, (1, 1, 1, 1)
     everything = call("block_gradients", *arguments, 31)
     found = call("block_gradients", *arguments, wanted)
-    for i in range(4):
-        assert torch.equal(found[i], everything[i]) if wanted >> i & 1 else found[i].numel() == 0
-    if wanted & 24:
-        assert torch.equal(found[4][:2], everything[4][:2])
-    if wanted & 6:
-        assert torch.equal(found[4][2:], everything[4][2:])
+    for i in range(4):  # tiles, and with them the order of sums, may be others
+        assert torch.allclose(found[i], everything[i]) if wanted >> i & 1 else found[i].numel() == 0
+    for rows, bits in ((slice(0, 2), 24), (slice(2, 4), 6)):
+        assert not wanted & bits or torch.allclose(found[4][rows], everything[4][rows], rtol=1e-4, atol=1e-4)
 
 
 def test_no_image(call: Op) -> None:

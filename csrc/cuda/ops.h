@@ -2,9 +2,6 @@
 // compiled for the host (MNV2_EMULATED) the tensors are on the CPU.
 #pragma once
 
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 
 #include "../tensors.h"
@@ -12,43 +9,7 @@
 
 namespace mnv2_fused {
 
-#ifdef MNV2_EMULATED
-
-struct Device {
-  explicit Device(const Tensor&) {}
-  void* stream() const { return nullptr; }
-  int index() const { return 0; }
-};
-
-inline bool on_device(const Tensor& t) { return t.is_cpu(); }
-
-#else
-
-// The tensor's device made the current one, and its current stream.
-class Device {
- public:
-  explicit Device(const Tensor& x) : index_(x.get_device()), guard_(index_) {}
-  int index() const { return index_; }
-  void* stream() const {
-    // Only a torch with CUDA has it, in a library that a torch without does not have: found when it is needed.
-    using Function = int32_t (*)(int32_t, void**);
-    static const Function current = [] {
-      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-      return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-    }();
-    void* stream = nullptr;
-    STD_TORCH_CHECK(current && current(index_, &stream) == 0, "this torch does not tell its current CUDA stream");
-    return stream;
-  }
-
- private:
-  int index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
-inline bool on_device(const Tensor& t) { return t.is_cuda(); }
-
-#endif
+inline bool on_device(const Tensor& t) { return kEmulated ? t.is_cpu() : t.is_cuda(); }
 
 inline void check(int error) { STD_TORCH_CHECK(error == 0, "CUDA: ", cuda::error_text(error)); }
 

@@ -110,7 +110,10 @@ struct Plan {
     if (sum_channels) {
       const int of_slice = (pass == Pass::kProject ? t->dz_slice : t->x_slice) / size() / 16;
       const int tiles = ceil_div(sum_channels, 16);
-      t->parts = std::max(1, TrainingTile::kWarps / (std::min(of_slice, tiles) * columns()));
+      // As many as give every warp a sum, in a memory that grows no further than those of all channels take.
+      t->parts = std::min(TrainingTile::kWarps / (std::min(of_slice, tiles) * columns()),
+                          TrainingTile::kWarps / (tiles * columns()));
+      t->parts = std::max(1, t->parts);
       if (products) t->product_floats = t->parts * tiles * columns() * 8 * 32;
     }
     t->products_offset = take(int64_t(t->product_floats) * 4);
