@@ -250,9 +250,9 @@ class MobileNetV2(nn.Module):
         if reason := network.why_no_op(x):
             return {"": reason}
         reasons = {"features": "hooks or a forward of its own"} if training.has_hooks(self.features) else {}
-        requires_grad, channels = x.requires_grad, x.shape[1]
+        requires_grad, channels, dtype = x.requires_grad, x.shape[1], x.dtype
         for name, module in self.features.named_children():
-            given = x.new_empty(x.shape[0], channels, 1, 1).requires_grad_(requires_grad)
+            given = x.new_empty(x.shape[0], channels, 1, 1, dtype=dtype).requires_grad_(requires_grad)
             if isinstance(module, InvertedResidual):
                 reason, channels = module.why_not_fused(given), module.out_channels
             else:
@@ -260,6 +260,7 @@ class MobileNetV2(nn.Module):
                 channels = getattr(next(module.children(), None), "out_channels", channels)
             if reason:
                 reasons[f"features.{name}"] = reason
+            dtype = network.arithmetic(given).dtype
             requires_grad |= torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
         return reasons
 
