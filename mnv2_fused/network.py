@@ -187,14 +187,14 @@ class _Packing:
         # What is compared by identity or by address stays alive: no other object may come to stand in its place.
         values = [value for table in dicts for value in table.values()]
         self._held = (dicts, sized, values, [t.detach() for t in parameters])
-        self.packed, self.plan, self.reason, self.dtype, self.adds_input = None, [], "", None, False
+        self.packed, self.plan, self.reason, self.adds_input = None, [], "", False
         try:
             switched = [m for m in modules if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.Dropout))]
             expect(not any(m.training for m in switched), "a BatchNorm or Dropout is in training mode")
             expect(not self._hooked, "a module inside has forward hooks")
             expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")
             stages = describe(root)
-            self.dtype = self._common_dtype()
+            self._check_dtypes()
             self.adds_input = bool(stages[0].layer.residual)
             device, dtype, _, tf32 = arithmetic
             self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
@@ -204,15 +204,16 @@ class _Packing:
         except Unfusable as refusal:
             self.reason = str(refusal)
 
-    def _common_dtype(self) -> torch.dtype:
+    def _check_dtypes(self) -> None:
         kinds = {(t.dtype, t.device) for t in self._tensors if t.is_floating_point()}
         expect(len(kinds) == 1, f"its tensors are of several dtypes or devices: {kinds}")
         ((dtype, device),) = kinds
         kind = ops.device_type(self._tensors[0])
         expect(kind == self.arithmetic.device, f"its tensors are on {device}, the input on {self.arithmetic.device}")
-        for needed in (dtype, self.arithmetic.dtype):
+        asked = self.arithmetic
+        for needed in (dtype, asked.dtype):
             expect(needed in ops.DTYPES[kind], f"no kernel for {needed} on {device}")
-        return dtype
+        expect(asked.autocast or asked.dtype == dtype, f"the input is {asked.dtype}, the weights are {dtype}")
 
     def current(self, arithmetic: Arithmetic) -> bool:
         """Whether nothing that the packed weights depend on has changed."""
@@ -283,8 +284,8 @@ class FusedChain:
             return f"the input is on {x.device}, the weights are on {packing.packed.device}", None
         if packing.adds_input and asked.dtype != x.dtype:
             return f"the input is {x.dtype}, and so is the sum that autocast makes", None
-        if (x.dtype != packing.dtype and not asked.autocast) or x.shape[1] != packing.plan[2]:
-            return f"the input has {x.shape[1]} channels of {x.dtype}, not {packing.plan[2]} of {packing.dtype}", None
+        if x.shape[1] != packing.plan[2]:
+            return f"the input has {x.shape[1]} channels, not {packing.plan[2]}", None
         if global_hooks():
             return "there are global forward hooks", None
         return "", packing
