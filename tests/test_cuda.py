@@ -223,9 +223,17 @@ def test_a_cuda_tensor_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert ops.why_no_cuda() == "mnv2_fused was built without: no nvcc was found"
 
 
-@pytest.mark.parametrize("arch", ["80", "90"])
+KINDS = [f"{kind}{part}" for part in ("", "_training") for kind in ("half", "bfloat16", "tf32", "single")]
+QUICK = {("half", "80"), ("half", "90"), ("half_training", "90")}  # the others take a minute each
+
+
 @pytest.mark.parametrize(
-    "kind", ["half", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("bfloat16", "tf32", "single"))]
+    ("kind", "arch"),
+    [
+        pytest.param(kind, arch, marks=[] if (kind, arch) in QUICK else [pytest.mark.exhaustive])
+        for kind in [*KINDS, "algebra"]
+        for arch in ("80", "90")
+    ],
 )
 def test_no_instance_spills_and_none_has_arrays_in_memory(kind: str, arch: str, tmp_path: Path) -> None:
     """As ptxas reports it."""

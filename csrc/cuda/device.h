@@ -208,8 +208,15 @@ __global__ void __launch_bounds__(Kernel::kMaxThreads, Kernel::kMinBlocks)
 template <class Kernel>
 int launch(const typename Kernel::Args& args, dim3 grid, int threads, int shared_bytes, void* stream) {
   if (shared_bytes > 48 << 10) {
-    const auto error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return int(error);
+    // Asked for once: the largest that this thread has launched, on the device of the last launch.
+    static thread_local int known_device = -1, known_bytes = 0;
+    int device = 0;
+    if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return int(error);
+    if (device != known_device || shared_bytes > known_bytes) {
+      const auto error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      if (error != cudaSuccess) return int(error);
+      known_device = device, known_bytes = shared_bytes;
+    }
   }
   entry<Kernel><<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
   return int(cudaGetLastError());

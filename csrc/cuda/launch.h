@@ -149,8 +149,6 @@ constexpr int sums_bytes(const Dense& d, const DenseTile& t) {
 
 // The tile with the least work for the busiest processor. `tiles` is 0 where no tile fits in shared memory.
 Tile choose_tile(const Block& block, const Limits& limits);
-// The same for one way of cutting; false where it does not fit.
-bool fill_tile(const Block& block, const Limits& limits, Tile* tile);
 DenseTile choose_tile(const Dense& dense, const Limits& limits);
 
 // --- training: the passes of training.h

@@ -10,7 +10,7 @@
 namespace mnv2_fused::cuda {
 namespace {
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Threads of a block of threads and warps that hide each other's latencies on a processor.
 constexpr int kMaxWarps = 8, kBusyWarps = 12;
@@ -43,9 +43,8 @@ double cost(const Block& b, const Tile& t, const Limits& limits) {
   return waves * std::max(each * resident / busy, latency);
 }
 
-}  // namespace
-
-bool fill_tile(const Block& b, const Limits& limits, Tile* t) {
+// Fills a tile whose extents are given; false where it does not fit.
+constexpr bool fill(const Block& b, const Limits& limits, Tile* t) {
   const Packing p = packing(b.type, b.source != Source::kCopy, b.in_channels, b.hidden_channels, b.out_channels);
   const int size = element_size(b.type), pixels = t->height * t->width * t->images;
   const int h_height = (t->height - 1) * b.stride + 2 * b.dilation + 1,
@@ -74,7 +73,21 @@ bool fill_tile(const Block& b, const Limits& limits, Tile* t) {
   return true;
 }
 
-namespace {
+// Every block of MobileNetV2 has a tile in the memory that all devices from compute capability 8.0 on give a block of
+// threads, the widest too.
+constexpr bool fits(Type type, int in, int hidden, int out, int size, int stride) {
+  Block b{};
+  b.type = type, b.source = in == hidden ? Source::kCopy : Source::kExpand;
+  b.batch = 1, b.height = b.width = size, b.out_height = b.out_width = size / stride;
+  b.in_channels = in, b.hidden_channels = hidden, b.out_channels = out, b.stride = stride, b.dilation = 1;
+  Tile t{};
+  t.height = type == Type::kFloat ? 1 : 4, t.width = 7, t.images = t.splits = 1;
+  return fill(b, {1, kSharedBytes}, &t);
+}
+static_assert(kSharedBytes <= 99 << 10);
+static_assert(fits(Type::kHalf, 32, 32, 16, 112, 1) && fits(Type::kHalf, 16, 96, 24, 112, 2));
+static_assert(fits(Type::kHalf, 96, 576, 160, 14, 2) && fits(Type::kHalf, 160, 960, 320, 7, 1));
+static_assert(fits(Type::kFloat, 96, 576, 160, 14, 2) && fits(Type::kFloat, 160, 960, 320, 7, 1));
 
 Tile search(const Block& b, const Limits& limits) {
   Tile best{};
@@ -82,7 +95,7 @@ Tile search(const Block& b, const Limits& limits) {
   const auto consider = [&](int height, int width, int images, int splits) {
     Tile tile{};
     tile.height = height, tile.width = width, tile.images = images, tile.splits = splits;
-    if (!fill_tile(b, limits, &tile) || tile.splits != splits) return;
+    if (!fill(b, limits, &tile) || tile.splits != splits) return;
     const double now = cost(b, tile, limits);
     if (best.tiles && now >= least) return;
     best = tile;

@@ -10,7 +10,7 @@
 namespace mnv2_fused::cuda {
 namespace {
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int kMaxSlice = 384;                            // bytes
 constexpr int kScratchFloats = TrainingTile::kWarps * 3;  // a channel, where sums of warps are added up
@@ -21,21 +21,23 @@ struct Plan {
   bool products;
   const Limits& limits;
 
-  int size() const { return element_size(b.type); }
-  int chunk() const { return Packing::kChunkBytes / size(); }
-  int columns() const { return chunk() / 16; }
-  bool over_pixels() const { return pass == Pass::kBelow || pass == Pass::kInput; }
+  constexpr int size() const { return element_size(b.type); }
+  constexpr int chunk() const { return Packing::kChunkBytes / size(); }
+  constexpr int columns() const { return chunk() / 16; }
+  constexpr bool over_pixels() const { return pass == Pass::kBelow || pass == Pass::kInput; }
 
   // Bytes of a row of `channels` at once, when they come in `slices`.
-  int slice(int channels, int slices) const {
+  constexpr int slice(int channels, int slices) const {
     const int bytes = round_up(channels * size(), Packing::kChunkBytes);
     return round_up(ceil_div(bytes, slices), Packing::kChunkBytes);
   }
-  int slices(int channels) const { return ceil_div(round_up(channels * size(), Packing::kChunkBytes), kMaxSlice); }
+  constexpr int slices(int channels) const {
+    return ceil_div(round_up(channels * size(), Packing::kChunkBytes), kMaxSlice);
+  }
 
   // Fills a tile whose extents are given; false where it does not fit. `time` is roughly that of a chunk of it, in
   // instructions of a warp, of which the warps wait for each other between the steps.
-  bool fill(TrainingTile* t, double* time) const {
+  constexpr bool fill(TrainingTile* t, double* time) const {
     const TrainingPacking p = training_packing(b.type, b.in_channels, b.hidden_channels, b.out_channels);
     const int d2 = 2 * b.dilation;
     const auto outputs = [&](int n) { return over_pixels() ? (n + d2 - 1) / b.stride + 1 : n; };
@@ -92,7 +94,7 @@ struct Plan {
     return false;
   }
 
-  bool lay_out(TrainingTile* t, int constants, int stage, int rows, int out_rows, int sum_channels) const {
+  constexpr bool lay_out(TrainingTile* t, int constants, int stage, int rows, int out_rows, int sum_channels) const {
     int at = round_up(constants, 16);
     const auto take = [&](int64_t bytes) {
       const int from = at;
@@ -173,6 +175,30 @@ struct Plan {
     return {};
   }
 };
+
+// Every pass over every block of MobileNetV2 has a tile in the memory that all devices from compute capability 8.0 on
+// give a block of threads, the widest too.
+constexpr bool fits(Pass pass, Type type, int in, int hidden, int out, int size, int stride) {
+  Block b{};
+  b.type = type, b.source = in == hidden ? Source::kCopy : Source::kExpand;
+  b.batch = 1, b.height = b.width = size, b.out_height = b.out_width = size / stride;
+  b.in_channels = in, b.hidden_channels = hidden, b.out_channels = out, b.stride = stride, b.dilation = 1;
+  const Limits limits{1, kSharedBytes};
+  TrainingTile t{};
+  t.height = t.width = 4, t.images = 1;
+  double time = 0;
+  return Plan{pass, b, pass != Pass::kInput, limits}.fill(&t, &time);
+}
+constexpr bool all_fit(Type type, int in, int hidden, int out, int size, int stride) {
+  bool found = true;
+  for (const Pass pass : {Pass::kMoments, Pass::kProject, Pass::kBelow, Pass::kInput}) {
+    found = found && fits(pass, type, in, hidden, out, size, stride);
+  }
+  return found;
+}
+static_assert(all_fit(Type::kHalf, 32, 32, 16, 112, 1) && all_fit(Type::kHalf, 16, 96, 24, 112, 2));
+static_assert(all_fit(Type::kHalf, 96, 576, 160, 14, 2) && all_fit(Type::kHalf, 160, 960, 320, 7, 1));
+static_assert(all_fit(Type::kFloat, 96, 576, 160, 14, 2) && all_fit(Type::kFloat, 160, 960, 320, 7, 1));
 
 }  // namespace
 
