@@ -132,13 +132,20 @@ def test_no_image(run: Run) -> None:
     assert run(Block(8, 16, 8, 5, 5, batch=0), "float16").shape == (0, 8, 5, 5)
 
 
-def trained(model: MobileNetV2) -> MobileNetV2:
-    """With statistics and scales as training leaves them, in eval mode."""
+def trained(model: MobileNetV2, images: Tensor) -> MobileNetV2:
+    """In eval mode, with the statistics of these images, and scales and shifts as training leaves them: what an image
+    is reaches the logits, and so does what a kernel makes of it."""
     generator = torch.Generator().manual_seed(1)
-    for bn in model.modules():
-        if isinstance(bn, torch.nn.BatchNorm2d):
-            for tensor, low, high in ((bn.running_mean, -0.2, 0.2), (bn.running_var, 0.5, 2), (bn.bias, -0.3, 0.3)):
-                tensor.data.uniform_(low, high, generator=generator)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+        norm.bias.data.normal_(1, 0.3, generator=generator)
+        norm.momentum = 1.0
+    model.fused = False
+    model.train().forward_features(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    model.fused = True
     return model.eval()
 
 
@@ -162,25 +169,37 @@ def test_models(emulated_device: None, name: str, kind: str, monkeypatch: pytest
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", kind == "tf32")
     options, size = MODELS[name]
     torch.manual_seed(0)
-    model, x = trained(MobileNetV2(**options)), torch.randn(size)
-    exact = copy.deepcopy(model).double()
-    exact.fused = False
+    x = torch.randn(size)
+    model = trained(MobileNetV2(**options), torch.randn(4, *size[1:]))
+    exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
+    exact.fused = eager.fused = False
     model, x = model.to(dtype_of(kind)), x.to(dtype_of(kind))
+
+    def check(found: Tensor, truth: Tensor, plain: Tensor) -> None:
+        """Layers add to each other's rounding; by more than the tolerance only where eager's does it as well."""
+        usual = float((plain.double() - truth).norm() / truth.norm())
+        error = float((found.double() - truth).norm() / truth.norm())
+        assert found.dtype == x.dtype and error <= max(TOLERANCE[kind], 1.5 * usual), (error, usual)
+
+    # On the CPU eager knows no TF32: float16 has as many digits.
+    alike = torch.float16 if kind == "tf32" else dtype_of(kind)
+    eager.to(alike)
     for image in (x, x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, : size[1]]):
         assert model.why_not_fused(image) == ""
         y = model(image)
-        truth = exact(image.double())
-        assert y.dtype == x.dtype and float((y.double() - truth).norm() / truth.norm()) <= TOLERANCE[kind]
+        check(y, exact(image.double()), eager(image.to(alike)))
         assert torch.equal(model(image), y)
-        features = model.forward_features(image)
-        truth = exact.forward_features(image.double())
-        assert float((features.double() - truth).norm() / truth.norm()) <= TOLERANCE[kind]
+        features = eager.forward_features(image.to(alike))
+        check(model.forward_features(image), exact.forward_features(image.double()), features)
+    truth = exact(x.double())
+    assert float((truth - truth[:1]).norm()) > 0.02 * float(truth.norm()) or len(x) == 1, "all images look alike"
     assert model(x[:0]).shape == (0, y.shape[1])
 
 
 @torch.no_grad()
 def test_a_model_follows_its_weights_autocast_and_tf32(emulated_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = trained(MobileNetV2(width_mult=0.35, num_classes=4)), torch.randn(1, 3, 32, 32)
+    x = torch.randn(1, 3, 32, 32)
+    model = trained(MobileNetV2(width_mult=0.35, num_classes=4), torch.randn(4, 3, 32, 32))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     exact = model(x)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -189,9 +208,8 @@ def test_a_model_follows_its_weights_autocast_and_tf32(emulated_device: None, mo
     monkeypatch.setattr(network, "get_autocast_dtype", lambda device: torch.bfloat16)
     y = model(x)  # weights rounded once, after the BatchNorms are folded in
     assert y.dtype == torch.bfloat16 and torch.equal(model(x.bfloat16()), y)
-    assert torch.allclose(y, copy.deepcopy(model).bfloat16()(x.bfloat16()), atol=1e-2) and torch.allclose(
-        y.float(), exact, atol=1e-2
-    )
+    for other in (copy.deepcopy(model).bfloat16()(x.bfloat16()), exact):
+        assert float((y.float() - other.float()).norm()) < 0.1 * float(exact.norm())
     monkeypatch.undo()
     model.classifier[1].bias += 1
     monkeypatch.setattr(ops, "device_type", lambda x: "cuda")
