@@ -1018,7 +1018,7 @@ class Bench:
     def tests(self, limit: float) -> Facts:
         """Tests on the device. After one that broke it, hung or crashed, the others go on in another process."""
         end, outcome, stopped = time.monotonic() + limit, {}, ""
-        wanted = ["tests/test_cuda.py", "-k", "device"]
+        wanted = ["tests/test_cuda.py", "tests/test_cuda_training.py", "-k", "device"]
         pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
         for attempt in range(1, 20):
             report, left = self._scratch / f"junit-{attempt}.xml", end - time.monotonic()
@@ -1053,7 +1053,8 @@ class Bench:
         sanitizer = cuda_tool("compute-sanitizer")
         if not sanitizer:
             raise Failed("there is no compute-sanitizer in CUDA_HOME, /usr/local/cuda or PATH")
-        tests = ["tests/test_cuda.py", "-k", "device and random_blocks and (bfloat16 or tf32)", "-v", "--color=no"]
+        some = "device and (random_blocks or moments) and (bfloat16 or tf32)"
+        tests = ["tests/test_cuda.py", "tests/test_cuda_training.py", "-k", some, "-v", "--color=no"]
         command = [sanitizer, "--tool", tool, "--error-exitcode", "66", sys.executable, "-m", "pytest", *tests]
         status, said = self.execute(command, limit, tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         lines = [line for line in said.splitlines() if line.startswith("=========")]

@@ -111,7 +111,7 @@ def check_emulated() -> None:
 
     torch.ops.load_library(emulation.build())
     op = torch.ops.mnv2_emulated.inverted_residual
-    for block in cases()[20::3]:
+    for i, block in enumerate(cases()[20::3]):
         sides = (block.padding,) * 4 if isinstance(block.padding, int) else block.padding
         for dtype, tf32 in (
             (torch.float16, False),
@@ -126,6 +126,30 @@ def check_emulated() -> None:
                 print(block, dtype, tf32, at_end, flush=True)
                 with Guarded(at_end) as memory:
                     assert torch.equal(op(*tensors, *options), op(*map(memory.place, tensors), *options))
+                if i % 4 == 0:
+                    check_emulated_training(tensors, options, at_end)
+
+
+def check_emulated_training(tensors: list[Tensor | None], options: tuple[object, ...], at_end: bool) -> None:
+    """The passes over pixels, on the same block."""
+    run = torch.ops.mnv2_emulated
+    x, we, be, wd, _, wp, _ = tensors
+    (*geometry, _, _, tf32), hidden = options, wd.shape[0]
+    z = run.inverted_residual(*tensors, *geometry, False, False, tf32)
+    table = torch.rand(6, hidden)
+    calls = (
+        (run.moments, (x,), (tf32,)),
+        (run.channel_moments, (x,), ()),
+        (run.channel_products, (x, x.clone(), torch.rand(x.shape[1]), torch.rand(2, x.shape[1])), ()),
+        (run.affine, (x, x.clone(), torch.rand(3, x.shape[1]), None), (False,)),
+        (run.filter_moments, (x, we, be, wd), (*geometry, tf32)),
+        (run.block_gradients, (z, x, we, be, wd, wp, table), (*geometry, 31, tf32)),
+    )
+    for op, given, rest in calls:
+        with Guarded(at_end) as memory:
+            usual, guarded = op(*given, *rest), op(*map(memory.place, given), *rest)
+            pairs = zip(usual, guarded, strict=True) if isinstance(usual, tuple) else [(usual, guarded)]
+            assert all(torch.equal(a, b) for a, b in pairs), op
 
 
 def main() -> None:
