@@ -1018,7 +1018,7 @@ class Bench:
     def tests(self, limit: float) -> Facts:
         """Tests on the device. After one that broke it, hung or crashed, the others go on in another process."""
         end, outcome, stopped = time.monotonic() + limit, {}, ""
-        wanted = ["tests/test_cuda.py", "tests/test_cuda_training.py", "-k", "device"]
+        wanted = [*sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cuda*.py")), "-k", "device"]
         pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
         for attempt in range(1, 20):
             report, left = self._scratch / f"junit-{attempt}.xml", end - time.monotonic()
