@@ -196,6 +196,7 @@ class NinjaBuild(build_ext):
         flags["csrc/bindings.cpp"] = shlex.join(
             ["-isystem", pybind11.get_include(), "-isystem", python_include]
             + [f'-DMNV2_FUSED_{name}="{value}"' for name, value in report.items()]
+            + ["-DMNV2_FUSED_WITH_CUDA"] * bool(cuda)
         )
 
         # A directory for each set of flags: a sanitizer build and the normal one both stay incremental.

@@ -7,6 +7,9 @@
 #include <chrono>
 
 #include "cpu/network.h"
+#ifdef MNV2_FUSED_WITH_CUDA
+#include "cuda/launch.h"
+#endif
 
 namespace py = pybind11;
 
@@ -252,6 +255,17 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, bool>(), py::arg("dicts"),
            py::arg("sized"), py::arg("parameters"), py::arg("buffers"), py::arg("plain") = false)
       .def("unchanged", &Watch::unchanged);
+  m.def(
+      "cuda_error",
+      [](int device) -> std::string {
+#ifdef MNV2_FUSED_WITH_CUDA
+        const int error = cuda::try_device(device);
+        return error ? cuda::error_text(error) : "";
+#else
+        return "no CUDA in this build, asked about device " + std::to_string(device);
+#endif
+      },
+      py::arg("device"), "What a CUDA device says when a kernel of ours is loaded on it; \"\" when it can be.");
   m.def("build_report", [] {
     py::dict report;
     report["compiler"] = MNV2_FUSED_COMPILER;

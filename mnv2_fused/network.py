@@ -153,7 +153,7 @@ class Arithmetic(NamedTuple):
 
 def arithmetic(x: Tensor) -> Arithmetic:
     device = ops.device_type(x)
-    autocast = device == "cuda" and x.dtype != torch.float64 and is_autocast_enabled(device)
+    autocast = device == "cuda" and x.dtype in ops.DTYPES[device] and is_autocast_enabled(device)
     dtype = get_autocast_dtype(device) if autocast else x.dtype
     return Arithmetic(device, dtype, autocast, ops.uses_tf32(x) and dtype == torch.float32)
 
@@ -201,6 +201,9 @@ class _Packing:
             weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
             packed_from = torch.float32 if device == "cuda" else dtype  # there they are rounded while they are packed
             self.packed = torch.ops.mnv2_fused.pack(weights.to(packed_from), self.plan)
+            if self.packed.is_cuda:  # whatever stream the next call is on
+                self.stream = torch.cuda.current_stream(self.packed.device)
+                self.stream.synchronize()
         except Unfusable as refusal:
             self.reason = str(refusal)
 
@@ -241,6 +244,7 @@ class FusedChain:
         self._parts, self._describe = parts, describe
         self._lock = threading.Lock()
         self._packing: _Packing | None = None
+        self._captured: list[Tensor] = []  # what CUDA graphs read
 
     def __reduce__(self) -> tuple[object, ...]:
         return FusedChain, (self._parts, self._describe)
@@ -259,11 +263,25 @@ class FusedChain:
         if reason:
             return None
         x = x if x.dtype == packing.arithmetic.dtype else x.to(packing.arithmetic.dtype)
+        if x.is_cuda:
+            self._hold(packing)
         return _NETWORK(x, packing.packed, packing.plan)
+
+    def _hold(self, packing: _Packing) -> None:
+        """Packed weights are not freed under a call on another stream, nor under a graph that will read them."""
+        stream = torch.cuda.current_stream(packing.packed.device)
+        if stream != packing.stream:
+            packing.packed.record_stream(stream)
+        if torch.cuda.is_current_stream_capturing() and all(packing.packed is not held for held in self._captured):
+            self._captured.append(packing.packed)
 
     def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
         if is_compiling():
             return "the model is being compiled", None
+        if (
+            "_is_replica" in root.__dict__
+        ):  # it shares this object with the others, and its parameters are no Parameters
+            return "a replica of nn.DataParallel", None
         if reason := why_no_op(x):
             return reason, None
         if is_grad_enabled():
@@ -274,6 +292,10 @@ class FusedChain:
                 return "gradients are asked for", None
         packing, asked = self._packing, arithmetic(x)
         if packing is None or not packing.current(asked):
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "call the model once before a CUDA graph of it is captured: its weights are not packed"
+                )
             with self._lock, torch.no_grad():
                 packing = self._packing  # another thread may have been here first
                 if packing is None or not packing.current(asked):
@@ -303,8 +325,8 @@ def why_no_op(x: Tensor) -> str:
         return "the input is no plain tensor [N, C, H, W] with pixels on the CPU or a CUDA device"
     if ops.device_type(x) == "cpu" and is_autocast_enabled("cpu"):
         return "autocast asks for another dtype"
-    if x.is_cuda and (reason := ops.no_cuda()):
-        return f"mnv2_fused was built without CUDA: {reason}"
+    if x.is_cuda and (reason := ops.no_cuda(x.device.index)):
+        return reason
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a function transform or forward-mode derivatives are at work"
     return ""

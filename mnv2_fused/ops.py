@@ -107,7 +107,12 @@ def device_type(x: Tensor) -> str:
 
 def uses_tf32(x: Tensor) -> bool:
     """Whether products of x are rounded to TF32 on the way, as torch's convolutions do it."""
-    return device_type(x) == "cuda" and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return device_type(x) == "cuda" and x.dtype == torch.float32 and _convolutions_use_tf32()
+
+
+@torch.compiler.assume_constant_result  # torch's own getter cannot be traced
+def _convolutions_use_tf32() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # `allow_tf32` raises once this one was set
 
 
 def _fits(shape: torch.Size, expected: tuple[object, ...]) -> bool:
@@ -135,8 +140,8 @@ def _output_shape(
         raise ValueError(f"x must be a tensor [N, C, H, W], got {list(x.shape) if isinstance(x, Tensor) else x!r}")
     if device_type(x) not in ("cpu", "cuda", "meta"):
         raise ValueError(f"x must be on the CPU or a CUDA device, which there are kernels for, got {x.device}")
-    if x.is_cuda and (reason := no_cuda()):
-        raise ValueError(f"x is on {x.device}, but mnv2_fused was built without CUDA: {reason}")
+    if x.is_cuda and (reason := no_cuda(x.device.index)):
+        raise ValueError(f"x is on {x.device}: {reason}")
     dtypes = DTYPES["cuda" if device_type(x) == "cuda" else "cpu"]
     if x.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -429,15 +434,19 @@ def selected_kernel(dtype: torch.dtype = torch.float32) -> str:
 
 
 @functools.cache
-def no_cuda() -> str:
-    """Why there are no CUDA kernels in this build, "" where there are."""
-    return _C.build_report()["no_cuda"]
+def no_cuda(device: int | None = None) -> str:
+    """Why our kernels do not run on a CUDA device, "" where they do; without one, why there are none in this build."""
+    if reason := _C.build_report()["no_cuda"]:
+        return f"mnv2_fused was built without CUDA: {reason}"
+    if device is None or not (error := _C.cuda_error(device)):
+        return ""
+    return f"mnv2_fused was built for sm_{_C.build_report()['cuda'].replace(';', ', sm_')}, the device says: {error}"
 
 
 def why_no_cuda() -> str:
     """Why CUDA tensors cannot be computed on here, "" where they can be."""
     if reason := no_cuda():
-        return f"mnv2_fused was built without: {reason}"
+        return reason
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without"
-    return "" if torch.cuda.is_available() else "torch finds no usable GPU"
+    return no_cuda(torch.cuda.current_device()) if torch.cuda.is_available() else "torch finds no usable GPU"

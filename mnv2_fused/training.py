@@ -161,7 +161,7 @@ def _conv_bn_relu6(x, *arguments):
 @_conv_bn_relu6.register_fake
 def _(x, *arguments):
     stage, (stride, padding, _) = ConvNorm(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    shape = torch.conv2d(x, stage.weight, None, stride, padding).shape
+    shape = torch.conv2d(x, _as(stage.weight, x), None, stride, padding).shape
     statistic = x.new_empty(shape[1] if stage.mean is None else 0, dtype=torch.float64)
     return (
         *(torch.empty_strided(shape, _channels_last_strides(shape), dtype=x.dtype, device=x.device) for _ in range(2)),

@@ -79,3 +79,14 @@ def emulated_device(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator
             library.impl(op, getattr(torch.ops.mnv2_emulated, op).default, "CPU", allow_override=True)
     yield
     library._destroy()
+
+
+@pytest.fixture(params=["emulated", "device"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where modules run: on the CPU's emulation of a GPU, or on one."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_device")
+        return "cpu"
+    if reason := ops.why_no_cuda():
+        pytest.skip(f"no GPU: {reason}")
+    return "cuda"

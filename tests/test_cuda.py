@@ -164,7 +164,7 @@ MODELS = {  # arguments and the size of the input
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_models(emulated_device: None, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models(device: str, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole network, and its features, as one op: any layout of the image, twice with the same result."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", kind == "tf32")
     options, size = MODELS[name]
@@ -173,7 +173,7 @@ def test_models(emulated_device: None, name: str, kind: str, monkeypatch: pytest
     model = trained(MobileNetV2(**options), torch.randn(4, *size[1:]))
     exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
     exact.fused = eager.fused = False
-    model, x = model.to(dtype_of(kind)), x.to(dtype_of(kind))
+    model, x = model.to(device, dtype_of(kind)), x.to(dtype_of(kind))
 
     def check(found: Tensor, truth: Tensor, plain: Tensor) -> None:
         """Layers add to each other's rounding; by more than the tolerance only where eager's does it as well."""
@@ -185,15 +185,16 @@ def test_models(emulated_device: None, name: str, kind: str, monkeypatch: pytest
     alike = torch.float16 if kind == "tf32" else dtype_of(kind)
     eager.to(alike)
     for image in (x, x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, : size[1]]):
-        assert model.why_not_fused(image) == ""
-        y = model(image)
-        check(y, exact(image.double()), eager(image.to(alike)))
-        assert torch.equal(model(image), y)
+        given = image.to(device)
+        assert model.why_not_fused(given) == ""
+        y = model(given)
+        check(y.cpu(), exact(image.double()), eager(image.to(alike)))
+        assert torch.equal(model(given), y)
         features = eager.forward_features(image.to(alike))
-        check(model.forward_features(image), exact.forward_features(image.double()), features)
+        check(model.forward_features(given).cpu(), exact.forward_features(image.double()), features)
     truth = exact(x.double())
     assert float((truth - truth[:1]).norm()) > 0.02 * float(truth.norm()) or len(x) == 1, "all images look alike"
-    assert model(x[:0]).shape == (0, y.shape[1])
+    assert model(x[:0].to(device)).shape == (0, y.shape[1])
 
 
 @torch.no_grad()
@@ -237,8 +238,76 @@ def test_what_does_not_fit_is_named(emulated: None, change: dict[str, object], m
 
 
 def test_a_cuda_tensor_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "no_cuda", lambda: "no nvcc was found")
-    assert ops.why_no_cuda() == "mnv2_fused was built without: no nvcc was found"
+    monkeypatch.setattr(ops._C, "build_report", lambda: {"cuda": "", "no_cuda": "no nvcc was found"})
+    ops.no_cuda.cache_clear()
+    assert ops.why_no_cuda() == "mnv2_fused was built without CUDA: no nvcc was found"
+    monkeypatch.undo()
+    ops.no_cuda.cache_clear()
+
+
+def test_what_a_device_says_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, where there is no device, or one for which nothing was compiled."""
+    if not ops.no_cuda() and not torch.cuda.is_available():
+        assert "mnv2_fused was built for sm_80, sm_90, the device says: " in ops.no_cuda(7)
+    elif torch.cuda.is_available():
+        assert ops.no_cuda(torch.cuda.current_device()) == ""
+
+
+def test_tiles_of_a_large_device(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles that an H100 takes."""
+    monkeypatch.setenv("MNV2_EMULATION_PROCESSORS", "132")
+    op = torch.ops.mnv2_emulated.inverted_residual
+    for block in NETWORK:
+        tensors = arguments(block, "float16")
+        exact = [None if t is None else t.double() for t in tensors]
+        truth = ops.inverted_residual_reference(*exact, **block.options)
+        y = op(*tensors, *raw(block), False)
+        assert float((y.double() - truth).norm() / truth.norm()) <= TOLERANCE["float16"], block
+
+
+def test_compiled(emulated_device: None) -> None:
+    """Training without a graph break, as on a GPU; with the same gradients."""
+    torch.manual_seed(0)
+    setting = [(1, 8, 1, 1), (6, 8, 2, 1)]
+    model, x = MobileNetV2(inverted_residual_setting=setting, dropout=0.0), torch.randn(2, 3, 9, 9)
+    gradients = []
+    for run in (model, torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)):
+        run(x).square().sum().backward()
+        gradients.append([p.grad for p in run.parameters()])
+    for compiled, eager in zip(*gradients, strict=True):
+        assert torch.allclose(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_a_replica_of_data_parallel_runs_unfused() -> None:
+    """It shares what is packed with its original, and has no parameters of its own."""
+    model = MobileNetV2(width_mult=0.35, num_classes=4).eval()
+    model._is_replica = True
+    with torch.no_grad():
+        assert model.why_not_fused(torch.randn(1, 3, 32, 32)) == "a replica of nn.DataParallel"
+
+
+def test_tf32_by_either_of_torchs_ways(emulated_device: None) -> None:
+    x = torch.zeros(1, 1, 1, 1)
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert ops.uses_tf32(x) == (precision == "tf32")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ops_fakes_beside_float32_parameters(emulated_device: None, dtype: torch.dtype) -> None:
+    """What torch.compile is told of shapes, dtypes and strides is so."""
+    x, w = torch.randn(2, 3, 9, 9).to(dtype), torch.randn(8, 3, 3, 3)
+    stage = (w, None, torch.ones(8), torch.zeros(8), None, None, 1e-5)
+    test_utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.mnv2_fused.conv_bn_relu6, (x, *stage, [2, 2], [1, 1], ""), test_utils=test_utils)
+    x, (_, we, _, wd, _, wp, _) = torch.randn(2, 8, 9, 9).to(dtype), Block(8, 16, 8, 9, 9).tensors()
+    norm = [(t, None, torch.ones(n), torch.zeros(n), None, None, 1e-5) for t, n in ((we, 16), (wd, 16), (wp, 8))]
+    arguments = (x, *(value for stage in norm for value in stage), 1, 1, [1, 1, 1, 1], True, False, "")
+    torch.library.opcheck(torch.ops.mnv2_fused.block_train, arguments, test_utils=test_utils)
 
 
 KINDS = [f"{kind}{part}" for part in ("", "_training") for kind in ("half", "bfloat16", "tf32", "single")]

@@ -357,17 +357,6 @@ BLOCKS = (
 )
 
 
-@pytest.fixture(params=["emulated", "device"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where modules run: on the CPU's emulation of a GPU, or on one."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulated_device")
-        return "cpu"
-    if reason := ops.why_no_cuda():
-        pytest.skip(f"no GPU: {reason}")
-    return "cuda"
-
-
 def autocast_to(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> torch.autocast:
     """torch.autocast("cuda"); in the emulation what our modules ask it."""
     if device == "cpu":

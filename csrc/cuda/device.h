@@ -12,6 +12,8 @@
 namespace mnv2_fused::device {
 
 constexpr int kWarp = 32;
+// Bytes of shared memory that a block of threads may have: what devices of compute capability 8.6 and 8.9 give it.
+constexpr int kMostShared = 99 << 10;
 
 // Storage of 16-bit numbers; arithmetic is done in float or by the tensor cores.
 struct Half {
@@ -208,14 +210,14 @@ __global__ void __launch_bounds__(Kernel::kMaxThreads, Kernel::kMinBlocks)
 template <class Kernel>
 int launch(const typename Kernel::Args& args, dim3 grid, int threads, int shared_bytes, void* stream) {
   if (shared_bytes > 48 << 10) {
-    // Asked for once: the largest that this thread has launched, on the device of the last launch.
-    static thread_local int known_device = -1, known_bytes = 0;
+    // Always the same number: the attribute is the function's, on a device, whoever launches it next.
+    static thread_local int known_device = -1;
     int device = 0;
     if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return int(error);
-    if (device != known_device || shared_bytes > known_bytes) {
-      const auto error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (device != known_device) {
+      const auto error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
       if (error != cudaSuccess) return int(error);
-      known_device = device, known_bytes = shared_bytes;
+      known_device = device;
     }
   }
   entry<Kernel><<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);

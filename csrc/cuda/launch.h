@@ -264,6 +264,8 @@ const TrainingLaunches& training_of(Type type);
 // --- runtime.cu
 
 int limits_of(int device, Limits* limits);
+// Whether a device runs what was compiled, and the driver knows this runtime.
+int try_device(int device);
 int clear(void* memory, int64_t bytes, void* stream);
 const char* error_text(int error);
 

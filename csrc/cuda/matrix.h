@@ -9,6 +9,7 @@
 namespace mnv2_fused::cuda {
 
 using namespace device;
+static_assert(kMostShared == kSharedBytes);
 
 MNV2_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 MNV2_DEVICE int max_of(int a, int b) { return a > b ? a : b; }

@@ -122,6 +122,7 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
 }
 
 Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
+  STD_TORCH_CHECK(on_device(x), "x must be on the device on which packed is");
   STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
   const Device device(x);
   const auto prepared = prepare(integers, x, device);

@@ -145,6 +145,7 @@ void matrix_add_of(Tensor y, const Tensor& input, const Tensor& matrix, const Te
                    const std::optional<Tensor>& residual, bool tf32) {
   const Tensor x = dense(input, "x");
   STD_TORCH_CHECK(dense_like(y, "y", x).data_ptr() == y.data_ptr(), "y must be dense in channels_last");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(y.data_ptr()) % 8 == 0, "y must begin at a multiple of 8 bytes");
   std::optional<Tensor> r;
   if (residual) r = dense_like(*residual, "residual", x);
   const Device device(x);
