@@ -94,10 +94,9 @@ def random_block(seed: int) -> Block:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("seed", range(12))
-def test_random_blocks(run: Run, seed: int, kind: str) -> None:
-    check(run, random_block(seed), kind)
+@pytest.mark.parametrize("seed", range(16))
+def test_random_blocks(run: Run, seed: int) -> None:
+    check(run, random_block(seed), TYPES[seed % 4])
 
 
 @pytest.mark.exhaustive
@@ -151,7 +150,7 @@ def trained(model: MobileNetV2, images: Tensor) -> MobileNetV2:
 
 MODELS = {  # arguments and the size of the input
     "small": (dict(width_mult=0.35, num_classes=10), (2, 3, 32, 32)),
-    "odd sizes": (dict(width_mult=0.35, num_classes=7), (3, 3, 45, 33)),
+    "odd sizes": (dict(width_mult=0.35, num_classes=7), (2, 3, 45, 33)),
     "one channel, no classifier": (dict(width_mult=0.5, num_classes=0, in_channels=1), (1, 1, 33, 64)),
     "a stem by itself": (
         dict(inverted_residual_setting=[(6, 16, 1, 2), (6, 24, 2, 2)], num_classes=100),
