@@ -181,6 +181,15 @@ struct BlockWeights {
   "project_weight, Tensor coefficients, int stride, int dilation, int[] padding, int wanted, bool tf32=False) -> "    \
   "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
+#define MNV2_DEFINE_PASSES(m)   \
+  m.def(MNV2_MOMENTS);          \
+  m.def(MNV2_CHANNEL_MOMENTS);  \
+  m.def(MNV2_CHANNEL_PRODUCTS); \
+  m.def(MNV2_AFFINE);           \
+  m.def(MNV2_MATRIX_ADD);       \
+  m.def(MNV2_FILTER_MOMENTS);   \
+  m.def(MNV2_BLOCK_GRADIENTS)
+
 // The layer of one block for this input, checked as every plan is (ops.cpp).
 Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hidden, int64_t out, int64_t stride,
                   int64_t dilation, const std::vector<int64_t>& padding);

@@ -188,15 +188,7 @@ void matrix_add_to(Tensor y, const Tensor& input, const Tensor& matrix, const Te
 }  // namespace
 }  // namespace mnv2_fused
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mnv2_fused, m) {
-  m.def(MNV2_MOMENTS);
-  m.def(MNV2_CHANNEL_MOMENTS);
-  m.def(MNV2_CHANNEL_PRODUCTS);
-  m.def(MNV2_AFFINE);
-  m.def(MNV2_MATRIX_ADD);
-  m.def(MNV2_FILTER_MOMENTS);
-  m.def(MNV2_BLOCK_GRADIENTS);
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(mnv2_fused, m) { MNV2_DEFINE_PASSES(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("moments", TORCH_BOX(&mnv2_fused::moments_of));

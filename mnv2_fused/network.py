@@ -166,9 +166,9 @@ class _Packing:
         root: nn.Module,
         parts: tuple[str, ...],
         describe: Callable[[nn.Module], list[Stage]],
-        arithmetic: Arithmetic,
+        asked: Arithmetic,
     ) -> None:
-        self.arithmetic = arithmetic
+        self.arithmetic = asked
         modules = [m for part in parts if (top := getattr(root, part)) is not None for m in top.modules()]
         plain = (nn.Sequential, nn.ReLU6)  # no attribute of these matters but a forward of their own
         dicts = [root.__dict__, root._modules]
@@ -196,7 +196,7 @@ class _Packing:
             stages = describe(root)
             self._check_dtypes()
             self.adds_input = bool(stages[0].layer.residual)
-            device, dtype, _, tf32 = arithmetic
+            device, dtype, _, tf32 = asked
             self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
             weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
             packed_from = torch.float32 if device == "cuda" else dtype  # there they are rounded while they are packed
@@ -218,9 +218,9 @@ class _Packing:
             expect(needed in ops.DTYPES[kind], f"no kernel for {needed} on {device}")
         expect(asked.autocast or asked.dtype == dtype, f"the input is {asked.dtype}, the weights are {dtype}")
 
-    def current(self, arithmetic: Arithmetic) -> bool:
+    def current(self, asked: Arithmetic) -> bool:
         """Whether nothing that the packed weights depend on has changed."""
-        if arithmetic != self.arithmetic:
+        if asked != self.arithmetic:
             return False
         if self._hooked or self._handles != RemovableHandle.next_id:  # else no hook was registered anywhere since
             if any(self._hooks) != self._hooked:
@@ -278,9 +278,8 @@ class FusedChain:
     def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
         if is_compiling():
             return "the model is being compiled", None
-        if (
-            "_is_replica" in root.__dict__
-        ):  # it shares this object with the others, and its parameters are no Parameters
+        # Replicas share this object with their original, and their parameters are no Parameters.
+        if "_is_replica" in root.__dict__:
             return "a replica of nn.DataParallel", None
         if reason := why_no_op(x):
             return reason, None

@@ -15,8 +15,8 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from blocks import Block, network_blocks
-from emulation import TOLERANCE, TYPES, dtype_of
+from blocks import Block
+from emulation import NETWORK, TOLERANCE, TYPES, dtype_of
 from torch import Tensor
 
 from mnv2_fused import MobileNetV2, network, ops
@@ -60,15 +60,6 @@ def check(run: Run, block: Block, kind: str) -> None:
     truth = ops.inverted_residual_reference(*exact, **block.options)
     error = float((y.double() - truth).norm() / truth.norm())
     assert y.shape == truth.shape and error <= TOLERANCE[kind], f"{block} in {kind}: off by {error:.1e}"
-
-
-def scaled(block: Block) -> Block:
-    """The block with its channels, on a map of a few tiles."""
-    size = {112: 20, 56: 14, 28: 9, 14: 6, 7: 7}[block.height]
-    return Block(**vars(block) | {"height": size, "width": size - 1, "batch": 2 if size < 9 else 1})
-
-
-NETWORK = [scaled(block) for block in dict.fromkeys(network_blocks(224))]
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from blocks import Block, network_blocks
-from emulation import TOLERANCE, TYPES, dtype_of
+from blocks import Block
+from emulation import NETWORK, TOLERANCE, TYPES, dtype_of
 from torch import Tensor
 
 from mnv2_fused import InvertedResidual, MobileNetV2, network, ops
@@ -186,15 +186,6 @@ def check_gradients(call: Op, block: Block, kind: str) -> None:
     mean, square = call("filter_moments", x, we, be, wd, *geometry, kind == "tf32")
     check(mean, d.mean((0, 2, 3)), kind, (block, "mean of d"))
     check(square, d.var((0, 2, 3), correction=0) * d[:, 0].numel(), kind, (block, "deviations of d"))
-
-
-def scaled(block: Block) -> Block:
-    """The block with its channels, on a map of a few tiles."""
-    size = {112: 20, 56: 18, 28: 9, 14: 6, 7: 5}[block.height]
-    return Block(**vars(block) | {"height": size, "width": size - 1, "batch": 2 if size < 9 else 1})
-
-
-NETWORK = [scaled(block) for block in dict.fromkeys(network_blocks(224))]
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -34,6 +34,7 @@ struct Packing {
   int64_t bytes;
 };
 
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 MNV2_ANYWHERE constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 // Bytes from row to row of `bytes`: an odd number of 16.
 MNV2_ANYWHERE constexpr int odd_pitch(int bytes) {

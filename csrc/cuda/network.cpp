@@ -5,21 +5,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cpu/network.h"
+
 namespace mnv2_fused::cuda {
 namespace {
 
 constexpr int64_t kAlign = 256;
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-int64_t extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation) {
-  const int64_t room = in + pad - 2 * dilation - 1;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
 void set_patches(Patches* p, const Layer& stem, int64_t height, int64_t width) {
   p->channels = int(stem.in_channels), p->height = int(height), p->width = int(width);
-  p->out_height = int(extent(height, stem.pad_top + stem.pad_bottom, stem.stride, 1));
-  p->out_width = int(extent(width, stem.pad_left + stem.pad_right, stem.stride, 1));
+  p->out_height = int(out_extent(height, stem.pad_top + stem.pad_bottom, stem.stride, 1));
+  p->out_width = int(out_extent(width, stem.pad_left + stem.pad_right, stem.stride, 1));
   p->stride = int(stem.stride), p->pad_left = int(stem.pad_left), p->pad_top = int(stem.pad_top);
 }
 
@@ -111,8 +108,8 @@ Program schedule(const std::vector<Step>& steps, int64_t batch, int64_t height, 
         count(height, width);
       }
       b.batch = int(batch), b.height = int(height), b.width = int(width);
-      height = extent(height, b.pad_top + step.pad_bottom, b.stride, b.dilation);
-      width = extent(width, b.pad_left + step.pad_right, b.stride, b.dilation);
+      height = out_extent(height, b.pad_top + step.pad_bottom, b.stride, b.dilation);
+      width = out_extent(width, b.pad_left + step.pad_right, b.stride, b.dilation);
       b.out_height = int(height), b.out_width = int(width);
       if (!b.height || !b.width || !height || !width) return {};
       step.tile = choose_tile(b, limits);

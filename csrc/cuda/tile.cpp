@@ -10,8 +10,6 @@
 namespace mnv2_fused::cuda {
 namespace {
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 // Threads of a block of threads and warps that hide each other's latencies on a processor.
 constexpr int kMaxWarps = 8, kBusyWarps = 12;
 

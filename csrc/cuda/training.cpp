@@ -345,15 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
 }  // namespace mnv2_fused
 
 #ifdef MNV2_EMULATED
-STABLE_TORCH_LIBRARY_FRAGMENT(mnv2_emulated, m) {
-  m.def(MNV2_MOMENTS);
-  m.def(MNV2_CHANNEL_MOMENTS);
-  m.def(MNV2_CHANNEL_PRODUCTS);
-  m.def(MNV2_AFFINE);
-  m.def(MNV2_MATRIX_ADD);
-  m.def(MNV2_FILTER_MOMENTS);
-  m.def(MNV2_BLOCK_GRADIENTS);
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(mnv2_emulated, m) { MNV2_DEFINE_PASSES(m); }
 STABLE_TORCH_LIBRARY_IMPL(mnv2_emulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {

@@ -10,8 +10,6 @@
 namespace mnv2_fused::cuda {
 namespace {
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 constexpr int kMaxSlice = 384;                            // bytes
 constexpr int kScratchFloats = TrainingTile::kWarps * 3;  // a channel, where sums of warps are added up
 
