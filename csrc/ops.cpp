@@ -89,17 +89,11 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
 
 Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   const Plan plan = parse(integers);
-  STD_TORCH_CHECK(weights.dim() == 1 && weights.is_cpu() && weights.is_contiguous(),
-                  "weights must be one dense row on the CPU, got ", shape_of(weights));
+  check_weights(weights, plan.layers);
+  STD_TORCH_CHECK(weights.is_cpu(), "weights must be on the CPU");
   STD_TORCH_CHECK(dtype_of(weights, "weights") == plan.kernel->dtype, "weights must be ",
                   dtype_name(plan.kernel->dtype));
   const int64_t element = int64_t(weights.element_size());
-  int64_t size = 0;
-  for (const Layer& layer : plan.layers) {
-    for (const int64_t n : weight_sizes(layer)) size += n;
-  }
-  STD_TORCH_CHECK(weights.numel() == size, "weights must have ", size, " elements for this plan, got ",
-                  weights.numel());
   const int64_t packed_size = plan.packed_size();
   const Tensor packed = new_tensor({packed_size}, weights, MemoryFormat::Contiguous);
   const char* from = static_cast<const char*>(weights.data_ptr());

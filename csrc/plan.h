@@ -52,4 +52,14 @@ inline std::vector<Layer> parse_layers(const std::vector<int64_t>& plan) {
   return layers;
 }
 
+// `weights`, dense, must hold what the layers take, one after the other.
+inline void check_weights(const Tensor& weights, const std::vector<Layer>& layers) {
+  int64_t size = 0;
+  for (const Layer& layer : layers) {
+    for (const int64_t n : weight_sizes(layer)) size += n;
+  }
+  STD_TORCH_CHECK(weights.dim() == 1 && weights.is_contiguous() && weights.numel() == size,
+                  "weights must be one dense row of ", size, " elements for this plan, got ", shape_of(weights));
+}
+
 }  // namespace mnv2_fused

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import emulation
 import pytest
 import torch
+from emulation import Op
+from torch import Tensor
 
 import mnv2_fused
 from mnv2_fused import ops
@@ -90,3 +92,23 @@ def device(request: pytest.FixtureRequest) -> str:
     if reason := ops.why_no_cuda():
         pytest.skip(f"no GPU: {reason}")
     return "cuda"
+
+
+@pytest.fixture(params=["emulated", "device"])
+def call(request: pytest.FixtureRequest) -> Op:
+    """Runs an op by its name, in the emulation or on the device; results are on the CPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+        return lambda op, *arguments: getattr(torch.ops.mnv2_emulated, op)(*arguments)
+    if reason := ops.why_no_cuda():
+        pytest.skip(f"no GPU: {reason}")
+
+    def run(op: str, *arguments: object) -> Tensor | tuple[Tensor, ...]:
+        moved = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+        found = getattr(torch.ops.mnv2_fused, op)(*moved)
+        if found is None:  # the first was changed
+            arguments[0].copy_(moved[0])
+            return None
+        return found.cpu() if isinstance(found, Tensor) else tuple(t.cpu() for t in found)
+
+    return run

@@ -9,12 +9,14 @@ import hashlib
 import os
 import shlex
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from blocks import Block, network_blocks
 from filelock import FileLock
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -24,6 +26,7 @@ SOURCES = [
 # How far from float64 a result on CUDA may be, in the norm over all elements, by how numbers are stored and multiplied.
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2, "tf32": 1e-3, "float32": 1e-5}
 TYPES = tuple(TOLERANCE)
+Op = Callable[..., Tensor | tuple[Tensor, ...]]  # an op by its name and arguments
 
 FLAGS = "-O2 -g -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Werror -DMNV2_EMULATED"
 

@@ -9,19 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import emulation
 import pytest
 import torch
 from blocks import Block
-from emulation import NETWORK, TOLERANCE, TYPES, dtype_of
+from emulation import NETWORK, TOLERANCE, TYPES, Op, dtype_of
 from torch import Tensor
 
 from mnv2_fused import MobileNetV2, network, ops
-
-Run = Callable[[Block, str], Tensor]
 
 
 def arguments(block: Block, kind: str) -> tuple[Tensor | None, ...]:
@@ -35,26 +32,13 @@ def raw(block: Block) -> tuple[object, ...]:
     return block.stride, block.dilation, sides, block.residual, block.project_relu6
 
 
-@pytest.fixture(params=["emulated", "device"])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a block with one kind of numbers, in the emulation or on the device."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulated")
-        device, op = "cpu", torch.ops.mnv2_emulated.inverted_residual
-    else:
-        if reason := ops.why_no_cuda():
-            pytest.skip(f"no GPU: {reason}")
-        device, op = "cuda", torch.ops.mnv2_fused.inverted_residual
-
-    def call(block: Block, kind: str) -> Tensor:
-        tensors = (None if t is None else t.to(device) for t in arguments(block, kind))
-        return op(*tensors, *raw(block), kind == "tf32").cpu()
-
-    return call
+def run(call: Op, block: Block, kind: str) -> Tensor:
+    """A block with one kind of numbers."""
+    return call("inverted_residual", *arguments(block, kind), *raw(block), kind == "tf32")
 
 
-def check(run: Run, block: Block, kind: str) -> None:
-    y = run(block, kind)
+def check(call: Op, block: Block, kind: str) -> None:
+    y = run(call, block, kind)
     assert y.dtype == dtype_of(kind) and y.is_contiguous(memory_format=torch.channels_last)
     exact = [None if t is None else t.double() for t in arguments(block, kind)]
     truth = ops.inverted_residual_reference(*exact, **block.options)
@@ -64,8 +48,8 @@ def check(run: Run, block: Block, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("block", NETWORK, ids=lambda block: block.id)
-def test_blocks_of_the_network(run: Run, block: Block, kind: str) -> None:
-    check(run, block, kind)
+def test_blocks_of_the_network(call: Op, block: Block, kind: str) -> None:
+    check(call, block, kind)
 
 
 def random_block(seed: int) -> Block:
@@ -86,15 +70,15 @@ def random_block(seed: int) -> Block:
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_random_blocks(run: Run, seed: int) -> None:
-    check(run, random_block(seed), TYPES[seed % 4])
+def test_random_blocks(call: Op, seed: int) -> None:
+    check(call, random_block(seed), TYPES[seed % 4])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", TYPES)
-def test_200_random_blocks(run: Run, kind: str) -> None:
+def test_200_random_blocks(call: Op, kind: str) -> None:
     for seed in range(1000, 1200):
-        check(run, random_block(seed), kind)
+        check(call, random_block(seed), kind)
 
 
 @pytest.mark.parametrize("order", ["backward", "random"])
@@ -118,8 +102,8 @@ def test_nothing_is_touched_outside_the_tensors(emulated: None) -> None:
     assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-500:]}"
 
 
-def test_no_image(run: Run) -> None:
-    assert run(Block(8, 16, 8, 5, 5, batch=0), "float16").shape == (0, 8, 5, 5)
+def test_no_image(call: Op) -> None:
+    assert run(call, Block(8, 16, 8, 5, 5, batch=0), "float16").shape == (0, 8, 5, 5)
 
 
 def trained(model: MobileNetV2, images: Tensor) -> MobileNetV2:
@@ -298,6 +282,94 @@ def test_ops_fakes_beside_float32_parameters(emulated_device: None, dtype: torch
     norm = [(t, None, torch.ones(n), torch.zeros(n), None, None, 1e-5) for t, n in ((we, 16), (wd, 16), (wp, 8))]
     arguments = (x, *(value for stage in norm for value in stage), 1, 1, [1, 1, 1, 1], True, False, "")
     torch.library.opcheck(torch.ops.mnv2_fused.block_train, arguments, test_utils=test_utils)
+
+
+@pytest.fixture
+def gpu() -> None:
+    if reason := ops.why_no_cuda():
+        pytest.skip(f"no GPU: {reason}")
+
+
+def small_model() -> tuple[MobileNetV2, Tensor]:
+    torch.manual_seed(0)
+    return trained(MobileNetV2(width_mult=0.35, num_classes=10), torch.randn(4, 3, 32, 32)), torch.randn(2, 3, 32, 32)
+
+
+def step_of(model: MobileNetV2, x: Tensor) -> list[Tensor]:
+    """The gradients of a step of training."""
+    return list(torch.autograd.grad(model.train()(x).square().sum(), list(model.parameters())))
+
+
+@torch.no_grad()
+def test_a_second_stream(gpu: None) -> None:
+    """All of it runs on the current stream: elsewhere it would not wait for what this one still has to do."""
+    model, x = small_model()
+    model, x = model.cuda(), x.cuda()
+    expected, late, aside = model(x), torch.zeros_like(x), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        late.copy_(x)
+        y = model(late)
+    torch.cuda.current_stream().wait_stream(aside)
+    assert torch.equal(y, expected)
+
+
+def test_a_step_of_training_on_a_second_stream(gpu: None) -> None:
+    model, x = small_model()
+    model, x = model.cuda(), x.cuda()
+    expected, late, aside = step_of(copy.deepcopy(model), x), torch.zeros_like(x), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(x)
+        gradients = step_of(model, late)
+    torch.cuda.current_stream().wait_stream(aside)
+    for found, truth in zip(gradients, expected, strict=True):
+        assert torch.equal(found, truth)
+
+
+@torch.no_grad()
+def test_captured_in_a_graph(gpu: None) -> None:
+    model, x = small_model()
+    model, x = model.cuda(), x.cuda()
+    expected, image = model(x), torch.zeros_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(image)
+    image.copy_(x)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_a_second_device(gpu: None) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    model, x = small_model()
+    expected = model.cuda(0)(x.cuda(0))
+    assert torch.equal(model.cuda(1)(x.cuda(1)).cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("moved", range(6))
+def test_tensors_on_different_devices_are_named(gpu: None, moved: int) -> None:
+    x, *weights = Block(8, 16, 8, 5, 5).tensors()
+    names = ("expand_weight", "expand_bias", "depthwise_weight", "depthwise_bias", "project_weight", "project_bias")
+    elsewhere = [w if i == moved else w.cuda() for i, w in enumerate(weights)]
+    with pytest.raises(RuntimeError, match=f"{names[moved]} must be on the device of x"):
+        ops.inverted_residual(x.cuda(), *elsewhere, padding=1)
+
+
+@torch.inference_mode()
+def test_inference_mode_and_autocast(gpu: None) -> None:
+    model, x = small_model()
+    exact = model(x)
+    model, x = model.cuda(), x.cuda()
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype):
+            assert model.why_not_fused(x) == ""
+            y = model(x)
+        assert y.dtype == dtype and float((y.cpu().float() - exact).norm() / exact.norm()) < 0.05
 
 
 KINDS = [f"{kind}{part}" for part in ("", "_training") for kind in ("half", "bfloat16", "tf32", "single")]

@@ -11,37 +11,14 @@ import contextlib
 import copy
 import random
 import zlib
-from collections.abc import Callable
 
 import pytest
 import torch
 from blocks import Block
-from emulation import NETWORK, TOLERANCE, TYPES, dtype_of
+from emulation import NETWORK, TOLERANCE, TYPES, Op, dtype_of
 from torch import Tensor
 
 from mnv2_fused import InvertedResidual, MobileNetV2, network, ops
-
-Op = Callable[..., Tensor | tuple[Tensor, ...]]
-
-
-@pytest.fixture(params=["emulated", "device"])
-def call(request: pytest.FixtureRequest) -> Op:
-    """Runs an op by its name, in the emulation or on the device; results are on the CPU."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulated")
-        return lambda op, *arguments: getattr(torch.ops.mnv2_emulated, op)(*arguments)
-    if reason := ops.why_no_cuda():
-        pytest.skip(f"no GPU: {reason}")
-
-    def run(op: str, *arguments: object) -> Tensor | tuple[Tensor, ...]:
-        moved = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
-        found = getattr(torch.ops.mnv2_fused, op)(*moved)
-        if found is None:  # the first was changed
-            arguments[0].copy_(moved[0])
-            return None
-        return found.cpu() if isinstance(found, Tensor) else tuple(t.cpu() for t in found)
-
-    return run
 
 
 def check(found: Tensor, truth: Tensor, kind: str, what: object = "") -> None:

@@ -62,11 +62,9 @@ struct BlockKernel {
     const int tx = tile % a.tiles_x, ty = tile / a.tiles_x % a.tiles_y,
               image0 = tile / a.tiles_x / a.tiles_y * a.images;
     const int images = min_of(a.images, a.batch - image0);
-    const int top = ty * a.tile_height * a.stride - a.pad_top, left = tx * a.tile_width * a.stride - a.pad_left;
-    const int y0 = max_of(top, 0), y1 = min_of(top + a.h_height, a.height);
-    const int x0 = max_of(left, 0), x1 = min_of(left + a.h_width, a.width);
-    const int wide = max_of(x1 - x0, 0), tall = max_of(y1 - y0, 0), area = wide * tall, count = images * area;
-    const int h_area = a.h_height * a.h_width;
+    const Part part(image0, images, ty * a.tile_height * a.stride - a.pad_top,
+                    tx * a.tile_width * a.stride - a.pad_left, a.h_height, a.h_width, a.height, a.width);
+    const int count = part.count, h_area = a.h_height * a.h_width;
 
     const int chunks = a.packing.chunks;
     const int chunk0 = int(int64_t(chunks) * block_y() / a.splits),
@@ -83,17 +81,17 @@ struct BlockKernel {
       *reinterpret_cast<Vector*>(hs + i) = Vector{0, 0, 0, 0};
     }
     for (int i = thread; i < count; i += threads) {
-      const int image = i / area, y = i % area / wide, x = i % wide;
-      rows[i] = image * h_area + (y + y0 - top) * a.h_width + (x + x0 - left);
+      int image, y, x;
+      part.locate(i, &image, &y, &x);
+      rows[i] = part.at(image, y, x);
     }
-    const auto pixel = [&](int i) {  // of x, by its place among those that the tile reads
-      return (int64_t(image0 + i / area) * a.height + y0 + i % area / wide) * a.width + x0 + i % wide;
-    };
+    const auto pixel = [&](int i) { return part.pixel(i, a.height, a.width); };
     if constexpr (S != Source::kCopy) {
       const auto to = [&](int i) { return xs + i * a.x_pitch; };
       if constexpr (S == Source::kPatches) {
         const auto locate = [&](int i, int* image, int* y, int* x) {
-          *image = image0 + i / area, *y = y0 + i % area / wide, *x = x0 + i % wide;
+          part.locate(i, image, y, x);
+          *image += image0;
         };
         copy_patches<T>(a.x, a.patches, 0, a.packing.in_channels, count, locate, to);
       } else {

@@ -321,6 +321,31 @@ struct Math<float> : Math32 {
   }
 };
 
+// The part of a plane under a rectangle, of some images.
+struct Part {
+  int image0, images, top, left, height, width;  // the rectangle, in the plane's coordinates
+  int y0, x0, tall, wide, area, count;           // what of it lies in the plane
+
+  MNV2_DEVICE Part(int image0, int images, int top, int left, int height, int width, int plane_height, int plane_width)
+      : image0(image0), images(images), top(top), left(left), height(height), width(width) {
+    y0 = max_of(top, 0), x0 = max_of(left, 0);
+    tall = max_of(min_of(top + height, plane_height) - y0, 0), wide = max_of(min_of(left + width, plane_width) - x0, 0);
+    area = tall * wide, count = images * area;
+  }
+  // Image (of the part), row and column of a pixel.
+  MNV2_DEVICE void locate(int i, int* image, int* y, int* x) const {
+    *image = i / area, *y = y0 + i % area / wide, *x = x0 + i % wide;
+  }
+  // A pixel's place in a tensor of whole planes.
+  MNV2_DEVICE int64_t pixel(int i, int plane_height, int plane_width) const {
+    int image, y, x;
+    locate(i, &image, &y, &x);
+    return (int64_t(image0 + image) * plane_height + y) * plane_width + x;
+  }
+  // A place in the rectangle.
+  MNV2_DEVICE int at(int image, int y, int x) const { return (image * height + y - top) * width + x - left; }
+};
+
 // Channels [first, first + channels) of `count` pixels of an NHWC tensor into shared memory, by all threads; zeros
 // beyond the tensor's own. pixel(i) says which pixel, to(i) where it goes. Where the tensor is `aligned` to 16 bytes,
 // by copy_async, which the caller waits for.

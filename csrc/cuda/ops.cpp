@@ -96,17 +96,11 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
 // Weights are float32, and rounded here, or already what the plan computes in.
 Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   const Plan plan(integers);
-  STD_TORCH_CHECK(weights.dim() == 1 && weights.is_contiguous() && on_device(weights),
-                  "weights must be one dense row on the device, got ", shape_of(weights));
+  check_weights(weights, plan.layers);
+  STD_TORCH_CHECK(on_device(weights), "weights must be on the device");
   const ScalarType type = weights.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == scalar_type(plan.type),
                   "weights must be float32 or of the dtype that the plan computes in");
-  int64_t size = 0;
-  for (const Layer& layer : plan.layers) {
-    for (const int64_t n : weight_sizes(layer)) size += n;
-  }
-  STD_TORCH_CHECK(weights.numel() == size, "weights must have ", size, " elements for this plan, got ",
-                  weights.numel());
   const Device device(weights);
   const Tensor packed = bytes(plan.packed_bytes, weights);
   std::vector<cuda::Numbers> numbers;
