@@ -29,6 +29,7 @@ LINK_FLAGS = "-shared -Wl,-O1 -Wl,--as-needed"
 # Those that include torch's headers.
 TORCH_SOURCES = (
     "csrc/ops.cpp",
+    "csrc/pool.cpp",
     "csrc/training_passes.cpp",
     "csrc/training_ops.cpp",
     "csrc/cuda/ops.cpp",

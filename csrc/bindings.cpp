@@ -17,6 +17,9 @@ namespace py = pybind11;
 extern "C" int32_t aoti_torch_get_data_ptr(void* const* tensor, void** data);
 
 namespace mnv2_fused {
+
+int64_t empty_cache();  // of pool.cpp
+
 namespace {
 
 std::string cpu_name() {
@@ -243,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace mnv2_fused;
   m.def("kernels", table, "Rows of the kernel table: (name, dtype, required features, supported, reason).");
   m.def("select", selected, py::arg("dtype"), "Name of the row that serves a dtype now.");
+  m.def("empty_cache", mnv2_fused::empty_cache);
   m.def("cpu_name", cpu_name);
   m.def("cpu_features", [] {
     py::dict features;

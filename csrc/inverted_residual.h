@@ -23,23 +23,23 @@ namespace mnv2_fused {
 // One layer of a network, in the order and with the meaning of the integers of a plan (ops.py writes them).
 struct Layer {
   enum Kind : int64_t {
-    kConv3x3,    // dense 3x3 + ReLU6 over the image (the stem)
+    kConv3x3,    // dense 3x3 over the image (the stem)
     kBlock,      // inverted residual
-    kPointwise,  // 1x1 + ReLU6 (the head)
+    kPointwise,  // 1x1 (the head)
     kPool,       // global mean
     kLinear,     // fully connected (the classifier)
   };
   static constexpr int kFields = 13;
   int64_t kind, in_channels, hidden_channels, out_channels, stride, dilation;
   int64_t pad_left, pad_right, pad_top, pad_bottom;
-  int64_t expand, residual, relu6;  // 0 or 1; only of a block
+  int64_t expand, residual, relu6;  // 0 or 1; the first two only of a block, relu6 after any convolution
 };
 
 // A layer with its geometry resolved for one image size, its place in the packed weights and its schedule.
 struct Step {
   Layer::Kind kind;
   enum Source { kExpand, kCopy, kStem } source;  // where a block's h comes from; kStem: the 3x3 before it, fused
-  bool residual, relu6, pooled;                  // pooled: a kPointwise whose only reader is the global mean
+  bool residual, relu6, pooled;                  // pooled: a kPointwise with ReLU6 whose only reader is the global mean
 
   int in_channels, hidden_channels, out_channels;
   int height, width;          // of h (of the input for other kinds than kBlock)

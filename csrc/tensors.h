@@ -87,14 +87,16 @@ inline Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, cons
   return torch::stable::contiguous(t);
 }
 
+// float32 or float64; large ones of kept memory (pool.cpp).
+Tensor new_cpu_tensor(const std::vector<int64_t>& shape, ScalarType dtype, MemoryFormat format);
+
 inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryFormat format,
                          std::optional<ScalarType> type = std::nullopt) {
-  const Tensor t =
-      torch::stable::empty(shape, type.value_or(like.scalar_type()), std::nullopt, like.device(), std::nullopt, format);
-  // Large tensors come as untouched memory: a step of training at batch 32 spent a tenth of its time on faults of
-  // small pages.
-  if (like.is_cpu()) advise_huge_pages(t.data_ptr(), size_t(t.numel() * t.element_size()));
-  return t;
+  const ScalarType dtype = type.value_or(like.scalar_type());
+  if constexpr (!kEmulated) {
+    if (like.is_cpu()) return new_cpu_tensor(shape, dtype, format);
+  }
+  return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
 
 inline Tensor doubles(const std::vector<int64_t>& shape, const Tensor& like) {

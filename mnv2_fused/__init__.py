@@ -3,11 +3,12 @@
 __version__ = "0.1.0"
 
 from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
-from .ops import inverted_residual, kernels, selected_kernel
+from .ops import empty_cache, inverted_residual, kernels, selected_kernel
 
 __all__ = [
     "InvertedResidual",
     "MobileNetV2",
+    "empty_cache",
     "inverted_residual",
     "kernels",
     "mobilenet_v2",

@@ -84,13 +84,13 @@ def stem(module: nn.Module) -> Stage:
     conv, bn = conv_bn_relu6(module)
     _conv(conv, 3)
     expect(conv.dilation == (1, 1), "a dilated stem: {}", conv)
-    return Stage(Layer(ops.CONV3X3, conv.in_channels, 0, conv.out_channels, **_geometry(conv)), ((conv, bn),))
+    return Stage(Layer(ops.CONV3X3, conv.in_channels, 0, conv.out_channels, **_geometry(conv), relu6=1), ((conv, bn),))
 
 
 def pointwise(module: nn.Module) -> Stage:
     conv, bn = conv_bn_relu6(module)
     _conv(conv, 1)
-    return Stage(Layer(ops.POINTWISE, conv.in_channels, 0, conv.out_channels), ((conv, bn),))
+    return Stage(Layer(ops.POINTWISE, conv.in_channels, 0, conv.out_channels, relu6=1), ((conv, bn),))
 
 
 def block(module: nn.Module, residual: bool) -> Stage:

@@ -433,6 +433,15 @@ def selected_kernel(dtype: torch.dtype = torch.float32) -> str:
     return _C.select(str(dtype).removeprefix("torch."))
 
 
+def empty_cache() -> int:
+    """Gives back the memory that the ops keep from large CPU tensors for the next ones, as torch.cuda.empty_cache does.
+
+    Results of the ops of 1 MiB or more live in memory that is used again when they are gone, at most half as much
+    again as was in use at once: after training, call this. Returns the bytes that were kept.
+    """
+    return _C.empty_cache()
+
+
 @functools.cache
 def no_cuda(device: int | None = None) -> str:
     """Why our kernels do not run on a CUDA device, "" where they do; without one, why there are none in this build."""

@@ -144,6 +144,21 @@ def _as(t: Tensor | None, like: Tensor) -> Tensor | None:
     return t if t is None or t.dtype == like.dtype else t.to(like.dtype)
 
 
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
+    """torch.conv2d, by the kernels of inference where the convolution is that of a stem or of a head."""
+    kind, (out_channels, channels, *kernel), (rows, columns) = None, weight.shape, padding
+    if kernel == [3, 3] and stride in ([1, 1], [2, 2]):
+        kind = ops.CONV3X3
+    elif [kernel, stride, padding] == [[1, 1], [1, 1], [0, 0]]:
+        kind = ops.POINTWISE
+    if kind is None:
+        return _dense(torch.conv2d(_dense(x), weight, bias, stride, padding))
+    layer = ops.Layer(kind, channels, 0, out_channels, stride[0], 1, columns, columns, rows, rows)
+    plan = ops.make_plan([layer], x.dtype, ops.device_type(x), ops.uses_tf32(x))
+    bias = weight.new_zeros(out_channels) if bias is None else bias
+    return _OPS.network(x, _OPS.pack(torch.cat([weight.reshape(-1), bias]), plan), plan)
+
+
 @torch.library.custom_op(
     "mnv2_fused::conv_bn_relu6",
     mutates_args=(),
@@ -152,8 +167,7 @@ def _as(t: Tensor | None, like: Tensor) -> Tensor | None:
 def _conv_bn_relu6(x, *arguments):
     """relu6 of the norm of a convolution; e, the convolution itself; the count, mean and variance of e."""
     stage, (stride, padding, group) = ConvNorm(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    weight, bias = _as(stage.weight, x), _as(stage.bias, x)
-    e = _dense(torch.conv2d(_dense(x), weight, bias, stride, padding))
+    e = _convolution(x, _as(stage.weight, x), _as(stage.bias, x), stride, padding)
     y, *statistics = _OPS.batch_norm_relu6(e, *stage[2:], group)
     return y, e, *statistics
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mnv2_fused import ops
 from mnv2_fused.mobilenet_v2 import INVERTED_RESIDUAL_SETTING, STEM_CHANNELS
 
 LAYOUTS = ("channels_last", "contiguous", "transposed", "channel_slice", "crop", "expanded_batch", "expanded_pixels")
@@ -187,3 +188,42 @@ def check_close(actual: Tensor, value: Tensor, bound: Tensor | float, what: obje
             f"{wrong} of {value.numel()} elements are off, the worst at {at} of {list(value.shape)}: {actual[at]:.9g}, "
             f"expected {value[at]:.9g} +- {bound[at]:.3g}: {what}"
         )
+
+
+CONVOLUTIONS = {  # layers of a plan, and the size of the image
+    "3x3": ([ops.Layer(ops.CONV3X3, 3, 0, 20, 1, 1, 1, 1, 1, 1)], (9, 7)),
+    "3x3, stride 2, uneven padding": ([ops.Layer(ops.CONV3X3, 5, 0, 33, 2, 1, 0, 1, 2, 1)], (8, 11)),
+    "1x1": ([ops.Layer(ops.POINTWISE, 9, 0, 70)], (5, 6)),
+    "1x1 and mean": ([ops.Layer(ops.POINTWISE, 9, 0, 70), ops.Layer(ops.POOL, 70, 0, 70)], (5, 6)),
+    "3x3 and a block": (
+        [ops.Layer(ops.CONV3X3, 3, 0, 16, 2, 1, 1, 1, 1, 1), ops.Layer(ops.BLOCK, 16, 16, 8, 1, 1, 1, 1, 1, 1)],
+        (9, 7),
+    ),
+}
+
+
+def convolutions(layers: list[ops.Layer], size: tuple[int, int], relu6: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two images, the weights of the layers in one row, and what comes out, in float64; linear where relu6 is 0."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x = y = normal(2, layers[0].in_channels, *size)
+    weights: list[Tensor] = []
+    for layer in layers:
+        channels, hidden, out = layer[1:4]
+        if layer.kind == ops.POOL:
+            y = y.mean((2, 3))
+            continue
+        padded = F.pad(y, layer[6:10])
+        if layer.kind == ops.BLOCK:
+            found = [normal(hidden, 1, 3, 3) / 3, normal(hidden), normal(out, hidden, 1, 1), normal(out)]
+            y = F.conv2d(F.conv2d(padded, *found[:2], layer.stride, groups=hidden).clamp(0, 6), *found[2:])
+        else:
+            taps = 3 if layer.kind == ops.CONV3X3 else 1
+            found = [normal(out, channels, taps, taps), normal(out)]
+            y = F.conv2d(padded, *found, layer.stride)
+        weights += found
+        y = y.clamp(0, 6) if relu6 else y
+    return x, torch.cat([w.flatten() for w in weights]), y

@@ -14,7 +14,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from blocks import Block
+from blocks import CONVOLUTIONS, Block, convolutions
 from emulation import NETWORK, TOLERANCE, TYPES, Op, dtype_of
 from torch import Tensor
 
@@ -100,6 +100,21 @@ def test_nothing_is_touched_outside_the_tensors(emulated: None) -> None:
     script = Path(__file__).with_name("guarded_pages.py")
     done = subprocess.run([sys.executable, script, "emulated"], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-500:]}"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("relu6", [0, 1], ids=["linear", "relu6"])
+@pytest.mark.parametrize(("layers", "size"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions_of_a_plan(
+    call: Op, layers: list[ops.Layer], size: tuple[int, int], relu6: int, kind: str
+) -> None:
+    """With and without the ReLU6 after a stem's or a head's convolution: in training its BatchNorm comes first."""
+    x, weights, truth = convolutions(layers, size, relu6)
+    dtype = dtype_of(kind)
+    plan = ops.make_plan([layer._replace(relu6=relu6) for layer in layers], dtype, "cuda", kind == "tf32")
+    y = call("network", x.to(dtype), call("pack", weights.to(dtype), plan), plan)
+    assert y.dtype == dtype and y.shape == truth.shape
+    assert float((y.double() - truth).norm()) <= TOLERANCE[kind] * float(truth.norm())
 
 
 def test_no_image(call: Op) -> None:

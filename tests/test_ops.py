@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import EDGES, LAYOUTS, Block, check_close, expected, network_blocks
+from blocks import CONVOLUTIONS, EDGES, LAYOUTS, Block, check_close, convolutions, expected, network_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -537,6 +537,20 @@ def test_no_pixels_on_the_way(layers: list[ops.Layer]) -> None:
     packed = torch.ops.mnv2_fused.pack(torch.zeros(sum(counts[layer.kind] for layer in layers)), plan)
     with pytest.raises(RuntimeError, match="output would be empty"):
         torch.ops.mnv2_fused.network(torch.zeros(1, 4, 1, 1), packed, plan)
+
+
+@pytest.mark.parametrize("relu6", [0, 1], ids=["linear", "relu6"])
+@pytest.mark.parametrize(("layers", "size"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions_of_a_plan(kernel: mnv2_fused.ops.Kernel, layers: list[ops.Layer], size, relu6: int) -> None:
+    """With and without the ReLU6 after a stem's or a head's convolution: in training its BatchNorm comes first."""
+    x, weights, truth = convolutions(layers, size, relu6)
+    plan = ops.make_plan([layer._replace(relu6=relu6) for layer in layers], kernel.dtype)
+    packed = torch.ops.mnv2_fused.pack(weights.to(kernel.dtype), plan)
+    y = torch.ops.mnv2_fused.network(x.to(kernel.dtype), packed, plan)
+    assert y.dtype == kernel.dtype and y.shape == truth.shape
+    torch.testing.assert_close(
+        y.double(), truth, rtol=0, atol=64 * float(truth.abs().max()) * torch.finfo(kernel.dtype).eps
+    )
 
 
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)

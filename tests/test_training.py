@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -899,10 +900,11 @@ def allocated(block: InvertedResidual, x: Tensor) -> int:
     A TorchDispatchMode is switched off inside the ops that it sees, `block_train` among them. The profiler's memory
     events come from PyTorch's allocator itself and hold every tensor, whoever makes it.
     """
+    mnv2_fused.empty_cache()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         block(x).sum().backward()
     events = profiler.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
+    return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)
 
 
 def peak_growth(block: InvertedResidual, x: Tensor) -> int:
@@ -911,6 +913,7 @@ def peak_growth(block: InvertedResidual, x: Tensor) -> int:
     Linux's high-water mark, put back to what is resident now; freed memory is given back to the system before, so that
     none can be used anew unseen.
     """
+    mnv2_fused.empty_cache()
     ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -942,6 +945,63 @@ def test_the_expanded_tensor_is_never_made(case: Block, evaluated: bool, measure
     block.fused = False
     if case.expand or measure is not allocated:
         assert measure(block, x) >= max(expanded, 1.5 * limit), "the measure sees what the composition makes"
+
+
+keeps_memory = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="torch < 2.11 cannot be told where a tensor lies",
+)
+
+
+@keeps_memory
+def test_a_steps_memory_is_used_again() -> None:
+    """A second step finds all large tensors of the blocks in what the first one has left; the result is the same."""
+    case = LARGE["images"]
+    block, x = module(case).float(), case.tensors()[0].requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = block(x)
+        return torch.autograd.grad(y, (x, *block.parameters()), y.detach())
+
+    mnv2_fused.empty_cache()
+    first = gradients()
+    copies = [t.clone() for t in first]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        second = gradients()
+    events = profiler.profiler.kineto_results.events()
+    fresh = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() >= x.nbytes]
+    assert fresh == [x.nbytes], "the gradient of x, whose first one is still there"
+    for found, still, copy_ in zip(second, first, copies, strict=True):
+        assert torch.equal(found, copy_) and torch.equal(still, copy_)
+    assert mnv2_fused.empty_cache() >= x.nbytes and mnv2_fused.empty_cache() == 0
+
+
+@keeps_memory
+def test_memory_in_use_is_not_given_away() -> None:
+    """Not while a view of it is there; what a thread of its own does with other tensors changes nothing."""
+    tensors = Block(32, 64, 32, 96, 96).tensors()
+    truth = ops.inverted_residual(*tensors, padding=1).clone()
+    views = [ops.inverted_residual(*tensors, padding=1)[0, 3:] for _ in range(3)]
+    negative = [None if t is None else -t for t in tensors]
+    others = [Thread(target=lambda: [ops.inverted_residual(*negative, padding=1) for _ in range(20)]) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    for _ in range(20):
+        assert torch.equal(ops.inverted_residual(*tensors, padding=1), truth)
+    for thread in others:
+        thread.join()
+    for view in views:
+        assert torch.equal(view, truth[0, 3:])
+
+
+@keeps_memory
+def test_little_more_memory_is_kept_than_was_in_use() -> None:
+    mnv2_fused.empty_cache()
+    sizes = [60, 110, 160, 90, 75, 130, 210, 100]
+    largest = 0
+    for size in sizes:
+        largest = max(largest, ops.inverted_residual(*Block(32, 64, 32, size, size).tensors(), padding=1).nbytes)
+    assert largest <= mnv2_fused.empty_cache() <= 1.5 * largest
 
 
 @pytest.mark.parametrize("wanted", ["all", "x", "all but x"])

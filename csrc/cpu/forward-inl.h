@@ -418,7 +418,7 @@ struct Forward {
       T* y = static_cast<T*>(y_) + int64_t(row) * s.out_width * s.out_channels;
       for (int n = 0; n < s.out_channels; n += kPanel) {
         panel<Output>({segment, s.image_channels * 3, 3, 0, s.conv_stride}, packed + s.expand_weight + int64_t(n) * k,
-                      packed + s.expand_bias + n, {y + n, nullptr, s.out_channels, nullptr, false, true, 0},
+                      packed + s.expand_bias + n, {y + n, nullptr, s.out_channels, nullptr, false, s.relu6, 0},
                       s.out_width, min(kPanel, s.out_channels - n));
       }
     }
@@ -619,7 +619,7 @@ struct Forward {
       const T* bias = packed + s.project_bias + n;
       const Pixels a = {segment, 1, s.in_channels, 0, s.in_channels};
       if (!s.pooled) {
-        panel<Output>(a, w, bias, {y, nullptr, s.out_channels, nullptr, false, true, 0}, pixels, channels);
+        panel<Output>(a, w, bias, {y, nullptr, s.out_channels, nullptr, false, s.relu6, 0}, pixels, channels);
         continue;
       }
       T sum[kPanel] = {};

@@ -133,7 +133,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
       if (height == 0 || width == 0) return std::move(program);
       // A block without an expansion reads the stem's rows as its h: the stem is the expansion.
       const Layer* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
-      if (next && next->kind == Layer::kBlock && !next->expand && !next->residual) {
+      if (layer->relu6 && next && next->kind == Layer::kBlock && !next->expand && !next->residual) {
         step.kind = Layer::kBlock;
         step.source = Step::kStem;
         layer = next;
@@ -142,6 +142,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
     } else if (layer->kind == Layer::kBlock) {
       step.source = layer->expand ? Step::kExpand : Step::kCopy;
     }
+    step.relu6 = layer->relu6;
     step.in_channels = int(layer->in_channels);
     step.hidden_channels = int(layer->hidden_channels);
     step.out_channels = int(layer->out_channels);
@@ -156,7 +157,6 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
         step.pad_right = int(layer->pad_right);
         step.pad_top = int(layer->pad_top);
         step.residual = layer->residual;
-        step.relu6 = layer->relu6;
         if (step.source == Step::kExpand) {
           resolver.place(step.hidden_channels, step.in_channels, &step.expand_weight, &step.expand_bias);
         }
@@ -174,7 +174,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
         break;
       case Layer::kPointwise:
         resolver.place(step.out_channels, step.in_channels, &step.project_weight, &step.project_bias);
-        if (next_pools) {
+        if (next_pools && layer->relu6) {
           step.pooled = true;
           ++i;
         }

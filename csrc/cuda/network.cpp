@@ -45,7 +45,7 @@ Step dense_step(Type type, const Layer& layer) {
   step.dense.of_patches = layer.kind == Layer::kConv3x3;
   step.dense.in_channels = int(layer.in_channels) * (step.dense.of_patches ? 9 : 1);
   step.dense.out_channels = int(layer.out_channels);
-  step.dense.relu6 = layer.kind != Layer::kLinear;
+  step.dense.relu6 = layer.relu6;
   step.dense.pool = layer.kind == Layer::kPool;  // the pixels of an image, once they are known
   step.stem = layer;
   step.weights = step.kind == Step::kPool ? 0 : 2;
@@ -70,7 +70,8 @@ std::vector<Step> steps_of(Type type, const std::vector<Layer>& layers, int64_t*
     const Layer& layer = layers[i];
     const Layer* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
     Step step{};
-    if (layer.kind == Layer::kConv3x3 && next && next->kind == Layer::kBlock && !next->expand && !next->residual) {
+    if (layer.kind == Layer::kConv3x3 && layer.relu6 && next && next->kind == Layer::kBlock && !next->expand &&
+        !next->residual) {
       step = block_step(type, *next, &layer);
       ++i;
     } else if (layer.kind == Layer::kBlock) {
