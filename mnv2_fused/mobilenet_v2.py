@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import network, training
-from .network import FusedChain, Stage
+from .network import Conv2dSame, FusedChain, Stage
 
 # Table 2 of the paper: expansion t, output channels c, repeats n, stride s of the first block in the row.
 INVERTED_RESIDUAL_SETTING: tuple[tuple[int, int, int, int], ...] = (
@@ -33,11 +34,24 @@ def make_divisible(value: float, divisor: int, min_value: int | None = None) -> 
     return rounded if rounded >= 0.9 * value else rounded + divisor
 
 
-def _conv_bn_relu6(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+def conv_bn_relu6(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    *,
+    groups: int = 1,
+    dilation: int = 1,
+    padding: str = "symmetric",
 ) -> nn.Sequential:
+    """Convolution, BatchNorm2d, ReLU6; `padding` as of InvertedResidual."""
+    if padding not in ("symmetric", "same"):
+        raise ValueError(f"padding should be 'symmetric' or 'same', got {padding!r}")
+    conv = Conv2dSame if padding == "same" and kernel_size > 1 else nn.Conv2d
+    around = (kernel_size - 1) // 2 * dilation
+    options = dict(padding=around, dilation=dilation, groups=groups, bias=False)
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, bias=False),
+        conv(in_channels, out_channels, kernel_size, stride, **options),
         nn.BatchNorm2d(out_channels),
         nn.ReLU6(inplace=True),
     )
@@ -60,29 +74,63 @@ class InvertedResidual(nn.Module):
     x is added to the result when stride is 1 and in_channels == out_channels. By the attributes `use_res_connect`,
     `out_channels` and `_is_cn` torchvision's detection code finds the feature maps.
 
+    Args:
+        stride: of the depthwise convolution, 1 or 2.
+        expand_ratio: hidden channels by in_channels.
+        hidden_channels: in place of expand_ratio.
+        dilation: of the depthwise convolution.
+        padding: "symmetric", `dilation` on all sides, as in PyTorch's models; "same" as in TensorFlow's.
+        activation: after the projection: "linear", or "relu6" (figure 6 of the paper, and where a block stands for a
+            separable convolution). A block with both a ReLU6 and a shortcut runs unfused.
+        shortcut: False never adds x.
+        norm: False has no BatchNorm after the projection, but a bias in it.
+
     Raises:
-        ValueError: stride is neither 1 nor 2.
+        ValueError: stride is neither 1 nor 2; padding or activation is none of those.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expand_ratio: float) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expand_ratio: float,
+        *,
+        hidden_channels: int | None = None,
+        dilation: int = 1,
+        padding: str = "symmetric",
+        activation: str = "linear",
+        shortcut: bool = True,
+        norm: bool = True,
+    ) -> None:
         super().__init__()
         if stride not in (1, 2):
             raise ValueError(f"stride should be 1 or 2, got {stride}")
-        hidden_channels = round(in_channels * expand_ratio)
+        if activation not in ("linear", "relu6"):
+            raise ValueError(f"activation should be 'linear' or 'relu6', got {activation!r}")
+        expands = expand_ratio != 1 or hidden_channels is not None
+        hidden_channels = round(in_channels * expand_ratio) if hidden_channels is None else hidden_channels
         self.stride = stride
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.use_res_connect = stride == 1 and in_channels == out_channels
+        self.use_res_connect = shortcut and stride == 1 and in_channels == out_channels
         self._is_cn = stride > 1
-        expand = [] if expand_ratio == 1 else [_conv_bn_relu6(in_channels, hidden_channels, 1)]
+        expand = [conv_bn_relu6(in_channels, hidden_channels, 1)] if expands else []
         self.fused = True
         self._chain = FusedChain(("conv",), _describe_block)
+        options = dict(groups=hidden_channels, dilation=dilation, padding=padding)
         self.conv = nn.Sequential(
             *expand,
-            _conv_bn_relu6(hidden_channels, hidden_channels, 3, stride, groups=hidden_channels),
-            nn.Conv2d(hidden_channels, out_channels, 1, bias=False),
-            nn.BatchNorm2d(out_channels),
+            conv_bn_relu6(hidden_channels, hidden_channels, 3, stride, **options),
+            nn.Conv2d(hidden_channels, out_channels, 1, bias=not norm),
+            *([nn.BatchNorm2d(out_channels)] if norm else []),
+            *([nn.ReLU6(inplace=True)] if activation == "relu6" else []),
         )
+
+    def _expand(self) -> list[nn.Module]:
+        """The expansion, if there is one."""
+        first, second, *_ = self.conv
+        return [first] if isinstance(second, nn.Sequential) else []
 
     def repack(self) -> None:
         """Packs the weights anew at the next call: for a write that PyTorch does not count (`.data`, a NumPy view)."""
@@ -108,12 +156,30 @@ def _describe_block(module: InvertedResidual) -> list[Stage]:
     return [network.block(module.conv, module.use_res_connect)]
 
 
+# A part of `features`: the index of a module, and of a block that is cut in two which piece.
+WHOLE, EXPAND, REST = "", "expand", "rest"
+Unit = tuple[int, str]
+
+
+def _describe_units(units: tuple[Unit, ...], model: MobileNetV2) -> list[Stage]:
+    stages = []
+    for index, piece in units:
+        module = model.features[index]
+        if piece == EXPAND:
+            stages.append(network.pointwise(module.conv[0]))
+        elif piece == REST:
+            stages.append(network.block(module.conv[1:], False))
+        elif isinstance(module, InvertedResidual):
+            network.expect(type(module) is InvertedResidual, f"{type(module)} where an InvertedResidual was expected")
+            stages += _describe_block(module)
+        else:
+            stages.append(network.stem(module) if index == 0 else network.pointwise(module))
+    return stages
+
+
 def _describe_features(model: MobileNetV2) -> list[Stage]:
     network.expect(len(model.features) >= 2, "features without a stem and a head")
-    first, *blocks, last = model.features
-    for block in blocks:
-        network.expect(type(block) is InvertedResidual, f"{type(block)} where an InvertedResidual was expected")
-    return [network.stem(first), *(_describe_block(block)[0] for block in blocks), network.pointwise(last)]
+    return _describe_units(model._units(len(model.features)), model)
 
 
 def _describe_network(model: MobileNetV2) -> list[Stage]:
@@ -141,9 +207,17 @@ class MobileNetV2(nn.Module):
         round_nearest: every width is rounded to a multiple of this.
         dropout: probability of the dropout before the classifier.
         in_channels: channels of the image.
+        output_stride: by how much the last map is smaller than the image at most, 2 to 32: where a block would exceed
+            it, its stride is left out and the blocks after it are dilated (the reference's `output_stride`:
+            tensorflow/models, research/slim/nets/mobilenet/mobilenet.py).
+        padding: "symmetric" as in PyTorch's models, or "same" as in TensorFlow's, whose weights want it.
+        features_only: leaves out head and classifier; the result is a list of maps, finest first, those of the last
+            block of every resolution (16, 24, 32, 96 and 320 channels; `feature_info` says which). As timm's.
+        out_indices: which of those maps, by default all; blocks after the last of them are left out.
 
     Raises:
-        ValueError: inverted_residual_setting is empty, or a row of it is not four numbers, or a stride not 1 or 2.
+        ValueError: inverted_residual_setting is empty, or a row of it is not four numbers, or a stride not 1 or 2;
+            output_stride, padding or out_indices are none of those.
     """
 
     def __init__(
@@ -154,31 +228,63 @@ class MobileNetV2(nn.Module):
         round_nearest: int = 8,
         dropout: float = 0.2,
         in_channels: int = 3,
+        *,
+        output_stride: int = 32,
+        padding: str = "symmetric",
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if output_stride not in (2, 4, 8, 16, 32):
+            raise ValueError(f"output_stride should be 2, 4, 8, 16 or 32, got {output_stride}")
+        if out_indices is not None and not features_only:
+            raise ValueError("out_indices choose maps of a model with features_only=True")
         setting = INVERTED_RESIDUAL_SETTING if inverted_residual_setting is None else inverted_residual_setting
         if len(setting) == 0 or not all(_is_row(row) for row in setting):
             raise ValueError(f"inverted_residual_setting should be non-empty rows of (t, c, n, s), got {setting}")
 
         channels = make_divisible(STEM_CHANNELS * width_mult, round_nearest)
-        features: list[nn.Module] = [_conv_bn_relu6(in_channels, channels, 3, stride=2)]
+        features: list[nn.Module] = [conv_bn_relu6(in_channels, channels, 3, stride=2, padding=padding)]
+        reduction, dilation = 2, 1
+        self.feature_info: list[dict[str, Any]] = []
         for t, c, n, s in setting:
             out_channels = make_divisible(c * width_mult, round_nearest)
+            if s == 2 and len(features) > 1:
+                self._end_stage(features, channels, reduction)
             for i in range(n):
-                features.append(InvertedResidual(channels, out_channels, s if i == 0 else 1, t))
+                stride, wanted = (s if i == 0 else 1), dilation
+                if stride > 1 and reduction == output_stride:  # this block keeps the dilation of those before
+                    stride, dilation = 1, dilation * stride
+                block = InvertedResidual(channels, out_channels, stride, t, dilation=wanted, padding=padding)
+                features.append(block)
+                reduction *= stride
                 channels = out_channels
+        self._end_stage(features, channels, reduction)
         self.num_features = make_divisible(HEAD_CHANNELS * max(1.0, width_mult), round_nearest)
-        features.append(_conv_bn_relu6(channels, self.num_features, 1))
+        features.append(conv_bn_relu6(channels, self.num_features, 1))
+        self._maps: list[int] | None = None
+        if features_only:
+            chosen = range(len(self.feature_info)) if out_indices is None else out_indices
+            if not chosen or any(i not in range(len(self.feature_info)) for i in chosen):
+                raise ValueError(f"out_indices should be some of 0 to {len(self.feature_info) - 1}, got {out_indices}")
+            self.feature_info = [self.feature_info[i] for i in sorted(chosen)]
+            self._maps = [int(info["module"].removeprefix("features.")) for info in self.feature_info]
+            features, self.num_features = features[: self._maps[-1] + 1], self.feature_info[-1]["num_chs"]
+            num_classes = 0
 
         self.in_channels = in_channels
         self.dropout = dropout
         self.num_classes = num_classes
         self._chain = FusedChain(("features", "classifier"), _describe_network)
-        self._features_chain = FusedChain(("features",), _describe_features)
+        self._chains: dict[tuple[Unit, ...], FusedChain] = {}  # of parts of the features
         self.features = nn.Sequential(*features)
         self.fused = True
         self.classifier = self._make_classifier(num_classes)
         self._init_weights()
+
+    def _end_stage(self, features: list[nn.Module], channels: int, reduction: int) -> None:
+        name = f"features.{len(features) - 1}"
+        self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=name))
 
     def _make_classifier(self, num_classes: int) -> nn.Module:
         if num_classes == 0:
@@ -203,15 +309,100 @@ class MobileNetV2(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, [N, num_features, ceil(H/32), ceil(W/32)] with the paper's strides."""
-        y = self._features_chain(self, x) if self.fused else None
-        if y is not None:
-            return y
-        if not self.fused or training.has_hooks(self.features) or type(self.features) is not nn.Sequential:
+        return self._run(self._units(len(self.features)), x)
+
+    def forward_intermediates(self, x: Tensor, indices: Sequence[int | str]) -> list[Tensor]:
+        """Maps from inside the features, in the order of `indices`; what comes after the last of them is not computed.
+
+        Args:
+            x: [N, in_channels, H, W].
+            indices: 0 to 18 (of the paper's network): the output of that module of `features`; or of a block
+                "14.expansion", what its depthwise convolution reads (after BatchNorm and ReLU6; SSDLite's first map),
+                or "4.depthwise", what its projection reads. A block whose "depthwise" is asked for runs layer by layer.
+
+        Raises:
+            ValueError: there is no such place.
+        """
+        taps = [self._parse_tap(index) for index in indices]
+        if not taps:
+            raise ValueError("indices should name at least one map")
+        wanted, found = set(taps), {}
+        pending: list[Unit] = []
+
+        def flush() -> None:
+            nonlocal x, pending
+            x, pending = self._run(tuple(pending), x), []
+
+        for index in range(max(index for index, _ in taps) + 1):
+            block = self.features[index]
+            pieces = {piece for i, piece in wanted if i == index and piece}
+            if pieces == {"expansion"} and not block.use_res_connect:
+                pending.append((index, EXPAND))
+                flush()
+                found[index, "expansion"] = x
+                pending.append((index, REST))
+            elif pieces:
+                flush()
+                h = self._run(((index, EXPAND),), x) if len(block._expand()) else x
+                found[index, "expansion"] = h
+                if "depthwise" in pieces:
+                    _, depthwise, *rest = [None] * (1 - len(block._expand())) + list(block.conv)
+                    found[index, "depthwise"] = h = depthwise(h)
+                    for module in rest:
+                        h = module(h)
+                else:
+                    h = self._run(((index, REST),), h)
+                x = x + h if block.use_res_connect else h
+            else:
+                pending.append((index, WHOLE))
+            if (index, "") in wanted:
+                flush()
+                found[index, ""] = x
+        return [found[tap] for tap in taps]
+
+    def _parse_tap(self, index: int | str) -> tuple[int, str]:
+        number, _, piece = str(index).partition(".")
+        known = number.isdecimal() and int(number) < len(self.features) and piece in ("", "expansion", "depthwise")
+        block = self.features[int(number)] if known else None
+        if not known or (piece and not isinstance(block, InvertedResidual)):
+            raise ValueError(
+                f"indices should be 0 to {len(self.features) - 1}, or of a block 'i.expansion' or 'i.depthwise', "
+                f"got {index!r}"
+            )
+        if piece == "expansion" and not block._expand():
+            raise ValueError(f"features.{number} has no expansion")
+        return int(number), piece
+
+    def _units(self, stop: int) -> tuple[Unit, ...]:
+        return tuple((index, WHOLE) for index in range(stop))
+
+    def _run(self, units: tuple[Unit, ...], x: Tensor) -> Tensor:
+        """Consecutive parts of the features: as one op, or each as one, or layer by layer."""
+        if not units:
+            return x
+        if self.fused:
+            if units not in self._chains:
+                self._chains[units] = FusedChain(("features",), partial(_describe_units, units))
+            y = self._chains[units](self, x)
+            if y is not None:
+                return y
+        whole = units == self._units(len(self.features))
+        if whole and (not self.fused or training.has_hooks(self.features) or type(self.features) is not nn.Sequential):
             return self.features(x)
-        for module in self.features:
-            y = None if isinstance(module, InvertedResidual) else training.run_conv_bn_relu6(module, x)
-            x = module(x) if y is None else y
+        for index, piece in units:
+            x = self._run_unit(self.features[index], piece, x)
         return x
+
+    def _run_unit(self, module: nn.Module, piece: str, x: Tensor) -> Tensor:
+        y = None
+        if piece == REST:
+            module = module.conv[1:]
+            y = training.run_block(module, x, False) if self.fused else None
+        else:
+            module = module.conv[0] if piece == EXPAND else module
+            if self.fused and not isinstance(module, InvertedResidual):
+                y = training.run_conv_bn_relu6(module, x)
+        return module(x) if y is None else y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Global average pool of a feature map, then the classifier unless `pre_logits`."""
@@ -233,7 +424,8 @@ class MobileNetV2(nn.Module):
     def repack(self) -> None:
         """Packs the weights anew at the next call: for a write that PyTorch does not count (`.data`, a NumPy view)."""
         self._chain.forget()
-        self._features_chain.forget()
+        for chain in self._chains.values():
+            chain.forget()
         for module in self.features.modules():
             if isinstance(module, InvertedResidual):
                 module.repack()
@@ -268,7 +460,9 @@ class MobileNetV2(nn.Module):
         """Why a call with x would now not run as one op; "" when it would run as one. In training see `unfused`."""
         return self._chain.why_not(self, x) if self.fused else "the attribute `fused` is False"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if self._maps is not None:
+            return self.forward_intermediates(x, self._maps)
         y = self._chain(self, x) if self.fused else None
         return self.forward_head(self.forward_features(x)) if y is None else y
 

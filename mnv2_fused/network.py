@@ -31,11 +31,44 @@ class Unfusable(Exception):
     """Why a chain of modules cannot run as one op."""
 
 
+class Conv2dSame(nn.Conv2d):
+    """nn.Conv2d with TensorFlow's SAME padding: ceil(n / stride) outputs, where the padding is odd one more after.
+
+    On sizes that the stride divides it pads less before than PyTorch's models do (0 and 1 around a 3x3 of stride 2).
+    The argument `padding` is not used.
+    """
+
+    def pad(self, x: Tensor) -> Tensor:
+        (top, bottom), (left, right) = map(same_padding, x.shape[2:], self.kernel_size, self.stride, self.dilation)
+        return nn.functional.pad(x, (left, right, top, bottom))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(self.pad(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> tuple[int, int]:
+    """Before and after."""
+    total = max((-(-size // stride) - 1) * stride + dilation * (kernel_size - 1) + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
 class Stage(NamedTuple):
-    """A layer of the network with the modules that it stands for: (convolution or linear, its BatchNorm or None)."""
+    """A layer of the network with the modules that it stands for: (convolution or linear, its BatchNorm or None).
+
+    Where `same` the layer's padding depends on the image: see `Stage.at`.
+    """
 
     layer: Layer
     weights: tuple[tuple[nn.Module, nn.BatchNorm2d | None], ...]
+    same: bool = False
+
+    def at(self, height: int, width: int) -> Layer:
+        """The layer for an input of this size."""
+        if not self.same:
+            return self.layer
+        stride, dilation = self.layer.stride, self.layer.dilation
+        (top, bottom), (left, right) = (same_padding(size, 3, stride, dilation) for size in (height, width))
+        return self.layer._replace(pad_left=left, pad_right=right, pad_top=top, pad_bottom=bottom)
 
 
 def expect(condition: bool, reason: str, *about: object) -> None:
@@ -44,11 +77,14 @@ def expect(condition: bool, reason: str, *about: object) -> None:
         raise Unfusable(reason.format(*about) if about else reason)
 
 
+_ALIKE = {nn.SyncBatchNorm: nn.BatchNorm2d, Conv2dSame: nn.Conv2d}
+
+
 def _children(module: nn.Module, *types: type) -> list[nn.Module]:
     """The children of a Sequential, which must be of exactly these types."""
     children = list(module._modules.values())
     found = [type(child) for child in children]
-    alike = [nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind for kind in found]
+    alike = [_ALIKE.get(kind, kind) for kind in found]
     expect(type(module) is nn.Sequential and alike == list(types), f"{found} where {list(types)} was expected")
     return children
 
@@ -66,7 +102,7 @@ def _conv(module: nn.Module, kernel_size: int, *, depthwise: bool = False) -> nn
 def _geometry(conv: nn.Conv2d) -> dict[str, int]:
     (stride, stride_x), (dilation, dilation_x) = conv.stride, conv.dilation
     expect(stride == stride_x and stride in (1, 2) and dilation == dilation_x, "stride or dilation of {}", conv)
-    y, x = conv.padding
+    y, x = conv.dilation if type(conv) is Conv2dSame else conv.padding
     return dict(stride=stride, dilation=dilation, pad_left=x, pad_right=x, pad_top=y, pad_bottom=y)
 
 
@@ -84,7 +120,8 @@ def stem(module: nn.Module) -> Stage:
     conv, bn = conv_bn_relu6(module)
     _conv(conv, 3)
     expect(conv.dilation == (1, 1), "a dilated stem: {}", conv)
-    return Stage(Layer(ops.CONV3X3, conv.in_channels, 0, conv.out_channels, **_geometry(conv), relu6=1), ((conv, bn),))
+    layer = Layer(ops.CONV3X3, conv.in_channels, 0, conv.out_channels, **_geometry(conv), relu6=1)
+    return Stage(layer, ((conv, bn),), type(conv) is Conv2dSame)
 
 
 def pointwise(module: nn.Module) -> Stage:
@@ -94,24 +131,31 @@ def pointwise(module: nn.Module) -> Stage:
 
 
 def block(module: nn.Module, residual: bool) -> Stage:
-    """An inverted residual: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, conv 1x1, BatchNorm."""
-    *expand, _, _, _ = [None] * max(3, len(module._modules))
-    types = (nn.Sequential,) * (len(expand) + 1) + (nn.Conv2d, nn.BatchNorm2d)
-    *inner, project, project_bn = _children(module, *types)
-    weights = [*map(conv_bn_relu6, inner), _pair(project, project_bn)]
+    """An inverted residual: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, conv 1x1, [BatchNorm], [ReLU6]."""
+    kinds = [_ALIKE.get(type(child), type(child)) for child in module._modules.values()]
+    relu6 = kinds[-1:] == [nn.ReLU6]
+    norm = nn.BatchNorm2d in kinds
+    expand = len(kinds) > 2 and kinds[1] is nn.Sequential
+    types = (nn.Sequential,) * (1 + expand) + (nn.Conv2d,) + (nn.BatchNorm2d,) * norm + (nn.ReLU6,) * relu6
+    children = _children(module, *types)
+    inner, (project, *project_bn) = children[: 1 + expand], children[1 + expand : len(children) - relu6]
+    weights = [*map(conv_bn_relu6, inner), _pair(project, *project_bn) if norm else (project, None)]
+    expect(not (relu6 and residual), "a ReLU6 before the shortcut")
     if expand:
         _conv(weights[0][0], 1)
     depthwise = _conv(weights[-2][0], 3, depthwise=True)
     _conv(project, 1)
     in_channels = weights[0][0].in_channels
     geometry = _geometry(depthwise)
-    kept = geometry["pad_left"] == geometry["pad_top"] == geometry["dilation"] and geometry["stride"] == 1
+    same = type(depthwise) is Conv2dSame
+    kept = same or geometry["pad_left"] == geometry["pad_top"] == geometry["dilation"]
+    kept = kept and geometry["stride"] == 1
     expect(not residual or (kept and in_channels == project.out_channels), "a residual of another shape than x")
     layer = Layer(
         ops.BLOCK, in_channels, depthwise.out_channels, project.out_channels, **geometry,
-        expand=int(bool(expand)), residual=int(residual),
+        expand=int(expand), residual=int(residual), relu6=int(relu6),
     )  # fmt: skip
-    return Stage(layer, tuple(weights))
+    return Stage(layer, tuple(weights), same)
 
 
 def pool(channels: int) -> Stage:
@@ -188,6 +232,7 @@ class _Packing:
         values = [value for table in dicts for value in table.values()]
         self._held = (dicts, sized, values, [t.detach() for t in parameters])
         self.packed, self.plan, self.reason, self.adds_input = None, [], "", False
+        self._plans: dict[tuple[int, int], list[int]] = {}  # by the size of the image, where the padding depends on it
         try:
             switched = [m for m in modules if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.Dropout))]
             expect(not any(m.training for m in switched), "a BatchNorm or Dropout is in training mode")
@@ -198,6 +243,7 @@ class _Packing:
             self.adds_input = bool(stages[0].layer.residual)
             device, dtype, _, tf32 = asked
             self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
+            self._stages, self._same = stages, any(stage.same for stage in stages)
             weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
             packed_from = torch.float32 if device == "cuda" else dtype  # there they are rounded while they are packed
             self.packed = torch.ops.mnv2_fused.pack(weights.to(packed_from), self.plan)
@@ -217,6 +263,20 @@ class _Packing:
         for needed in (dtype, asked.dtype):
             expect(needed in ops.DTYPES[kind], f"no kernel for {needed} on {device}")
         expect(asked.autocast or asked.dtype == dtype, f"the input is {asked.dtype}, the weights are {dtype}")
+
+    def plan_for(self, x: Tensor) -> list[int]:
+        if not self._same:
+            return self.plan
+        height, width = size = tuple(x.shape[2:])
+        if size not in self._plans:
+            layers = []
+            for stage in self._stages:
+                layers.append(stage.at(height, width))
+                height, width = ops.output_size(layers[-1], height, width)
+            while len(self._plans) >= 64:
+                del self._plans[next(iter(self._plans))]
+            self._plans[size] = [self.plan[0], *(n for layer in layers for n in layer)]
+        return self._plans[size]
 
     def current(self, asked: Arithmetic) -> bool:
         """Whether nothing that the packed weights depend on has changed."""
@@ -265,7 +325,7 @@ class FusedChain:
         x = x if x.dtype == packing.arithmetic.dtype else x.to(packing.arithmetic.dtype)
         if x.is_cuda:
             self._hold(packing)
-        return _NETWORK(x, packing.packed, packing.plan)
+        return _NETWORK(x, packing.packed, packing.plan_for(x))
 
     def _hold(self, packing: _Packing) -> None:
         """Packed weights are not freed under a call on another stream, nor under a graph that will read them."""

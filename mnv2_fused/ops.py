@@ -354,6 +354,14 @@ class Layer(NamedTuple):
 CONV3X3, BLOCK, POINTWISE, POOL, LINEAR = range(5)
 
 
+def output_size(layer: Layer, height: int, width: int) -> tuple[int, int]:
+    if layer.kind in (CONV3X3, BLOCK):
+        reach = 2 * layer.dilation + 1
+        height = (height + layer.pad_top + layer.pad_bottom - reach) // layer.stride + 1
+        width = (width + layer.pad_left + layer.pad_right - reach) // layer.stride + 1
+    return (1, 1) if layer.kind == POOL else (height, width)
+
+
 # What a plan for CUDA begins with: cuda::Type of csrc/cuda/launch.h.
 _CUDA_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 3}
 _TF32 = 2
@@ -376,12 +384,7 @@ def _walk(x: Tensor, plan: list[int]) -> tuple[list[int], int]:
     for at in range(1, len(plan), len(Layer._fields)):
         layer = Layer(*plan[at : at + len(Layer._fields)])
         before = height * width
-        if layer.kind in (CONV3X3, BLOCK):
-            reach = 2 * layer.dilation + 1
-            height = (height + layer.pad_top + layer.pad_bottom - reach) // layer.stride + 1
-            width = (width + layer.pad_left + layer.pad_right - reach) // layer.stride + 1
-        elif layer.kind == POOL:
-            height = width = 1
+        height, width = output_size(layer, height, width)
         if layer.kind == BLOCK:
             expand = before * layer.in_channels * layer.hidden_channels * layer.expand
             macs += expand + height * width * layer.hidden_channels * (9 + layer.out_channels)

@@ -247,7 +247,10 @@ def _takes_batch(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _stage(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvNorm:
+def _stage(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> ConvNorm:
+    if bn is None:
+        zeros = conv.weight.new_zeros(conv.out_channels)
+        return ConvNorm(conv.weight, conv.bias, None, None, zeros, torch.ones_like(zeros), 0.0)
     # Copies of running statistics: a forward in training may move them before the backward of this one.
     statistics = (None, None) if _takes_batch(bn) else (bn.running_mean.clone(), bn.running_var.clone())
     return ConvNorm(conv.weight, conv.bias, bn.weight, bn.bias, *statistics, bn.eps)
@@ -332,9 +335,10 @@ def _describe(layers: nn.Module, x: Tensor, residual: bool) -> network.Stage:
     channels = stage.layer.in_channels
     expect(x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
     expect(not residual or x.dtype == arithmetic(x).dtype, f"x is {x.dtype}, and so is the sum that autocast makes")
-    group = _group([bn for _, bn in stage.weights])
+    norms = [bn for _, bn in stage.weights if bn is not None]
+    group = _group(norms)
     expect(x.shape[0] > 0 or bool(group), "there is no image")
-    batch = any(_takes_batch(bn) for _, bn in stage.weights)
+    batch = any(map(_takes_batch, norms))
     expect(batch or torch.is_grad_enabled(), _NOT_ASKED)
     return stage
 
@@ -343,7 +347,8 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     """An inverted residual in training or with gradients, running statistics updated; None where it cannot run fused.
 
     Args:
-        layers: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, 1x1 convolution, BatchNorm, as torchvision nests them.
+        layers: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, 1x1 convolution, [BatchNorm], [ReLU6], as torchvision
+            nests them.
         x: [N, C_in, H, W], float32 or float64; on CUDA float16, bfloat16 or float32, under autocast its dtype. The
             gradients are those of the modules.
         residual: adds x.
@@ -352,13 +357,14 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
         ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
     """
     try:
-        layer, weights = _describe(layers, x, residual)
+        described = _describe(layers, x, residual)
     except network.Unfusable:
         return None
+    layer, weights = described.at(*x.shape[2:]), described.weights
     x = x.to(arithmetic(x).dtype)
     norms = [None] * (3 - len(weights)) + [bn for _, bn in weights]
     stages = [_NO_STAGE] * (3 - len(weights)) + [_stage(*pair) for pair in weights]
-    group = _group(norms[3 - len(weights) :])
+    group = _group([bn for bn in norms if bn is not None])
     sides = [layer.pad_left, layer.pad_right, layer.pad_top, layer.pad_bottom]
     out_shape, _ = _walk(x, [0, *layer])
     for stage, shape in zip(stages, (x.shape, out_shape, out_shape), strict=True):
@@ -374,7 +380,7 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
             if i < 2 and stages[i].bias is not None and stages[i].mean is None:  # the ops leave it out of e and d
                 mean = mean + stages[i].bias.detach()
             _update(bn, mean, var, counts[min(i, 1)])
-    return y
+    return nn.functional.relu6(y) if layer.relu6 else y
 
 
 def why_not_conv_bn_relu6(module: nn.Module, x: Tensor) -> str:
@@ -406,14 +412,16 @@ def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
         conv, bn = _describe_conv(module, x)
     except network.Unfusable:
         return None
-    x = x.to(arithmetic(x).dtype)
+    x, padding = x.to(arithmetic(x).dtype), conv.padding
+    if type(conv) is network.Conv2dSame:
+        x, padding = conv.pad(x), (0, 0)
     stage, group = _stage(conv, bn), _group([bn])
     if stage.mean is None and not group:
         height, width = (
             (n + 2 * p - k) // s + 1
-            for n, p, k, s in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+            for n, p, k, s in zip(x.shape[2:], padding, conv.kernel_size, conv.stride, strict=True)
         )
         _verify_batch_size([x.shape[0], conv.out_channels, height, width])
-    y, _, count, mean, var = _OPS.conv_bn_relu6(x, *stage, conv.stride, conv.padding, group)
+    y, _, count, mean, var = _OPS.conv_bn_relu6(x, *stage, conv.stride, padding, group)
     _update(bn, mean, var, count)
     return y
