@@ -207,9 +207,9 @@ class MobileNetV2(nn.Module):
         round_nearest: every width is rounded to a multiple of this.
         dropout: probability of the dropout before the classifier.
         in_channels: channels of the image.
-        output_stride: by how much the last map is smaller than the image at most, 2 to 32: where a block would exceed
-            it, its stride is left out and the blocks after it are dilated (the reference's `output_stride`:
-            tensorflow/models, research/slim/nets/mobilenet/mobilenet.py).
+        output_stride: by how much the last map is smaller than the image at most, 2 to 32, by default as the strides
+            have it (32): where a block would exceed it, its stride is left out and the blocks after it are dilated
+            (the reference's `output_stride`: tensorflow/models, research/slim/nets/mobilenet/mobilenet.py).
         padding: "symmetric" as in PyTorch's models, or "same" as in TensorFlow's, whose weights want it.
         features_only: leaves out head and classifier; the result is a list of maps, finest first, those of the last
             block of every resolution (16, 24, 32, 96 and 320 channels; `feature_info` says which). As timm's.
@@ -229,13 +229,13 @@ class MobileNetV2(nn.Module):
         dropout: float = 0.2,
         in_channels: int = 3,
         *,
-        output_stride: int = 32,
+        output_stride: int | None = None,
         padding: str = "symmetric",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if output_stride not in (2, 4, 8, 16, 32):
+        if output_stride not in (None, 2, 4, 8, 16, 32):
             raise ValueError(f"output_stride should be 2, 4, 8, 16 or 32, got {output_stride}")
         if out_indices is not None and not features_only:
             raise ValueError("out_indices choose maps of a model with features_only=True")
@@ -253,7 +253,7 @@ class MobileNetV2(nn.Module):
                 self._end_stage(features, channels, reduction)
             for i in range(n):
                 stride, wanted = (s if i == 0 else 1), dilation
-                if stride > 1 and reduction == output_stride:  # this block keeps the dilation of those before
+                if stride == 2 and reduction == output_stride:  # this block keeps the dilation of those before
                     stride, dilation = 1, dilation * stride
                 block = InvertedResidual(channels, out_channels, stride, t, dilation=wanted, padding=padding)
                 features.append(block)

@@ -274,7 +274,7 @@ class _Packing:
                 layers.append(stage.at(height, width))
                 height, width = ops.output_size(layers[-1], height, width)
             while len(self._plans) >= 64:
-                del self._plans[next(iter(self._plans))]
+                self._plans.pop(next(iter(self._plans)), None)  # another thread may have been here first
             self._plans[size] = [self.plan[0], *(n for layer in layers for n in layer)]
         return self._plans[size]
 
