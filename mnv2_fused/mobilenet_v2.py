@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -161,7 +161,7 @@ WHOLE, EXPAND, REST = "", "expand", "rest"
 Unit = tuple[int, str]
 
 
-def _describe_units(units: tuple[Unit, ...], model: MobileNetV2) -> list[Stage]:
+def _describe_units(units: tuple[Unit, ...], model: MobileNet) -> list[Stage]:
     stages = []
     for index, piece in units:
         module = model.features[index]
@@ -177,14 +177,14 @@ def _describe_units(units: tuple[Unit, ...], model: MobileNetV2) -> list[Stage]:
     return stages
 
 
-def _describe_features(model: MobileNetV2) -> list[Stage]:
+def _describe_features(model: MobileNet) -> list[Stage]:
     network.expect(len(model.features) >= 2, "features without a stem and a head")
     return _describe_units(model._units(len(model.features)), model)
 
 
-def _describe_network(model: MobileNetV2) -> list[Stage]:
+def _describe_network(model: MobileNet) -> list[Stage]:
     for name in ("forward_features", "forward_head"):
-        own = name in model.__dict__ or getattr(type(model), name) is not getattr(MobileNetV2, name)
+        own = name in model.__dict__ or getattr(type(model), name) is not getattr(MobileNet, name)
         network.expect(not own, f"the model has a {name} of its own")
     network.expect(model.classifier is not None, "there is no classifier")
     stages = [*_describe_features(model), network.pool(model.features[-1][0].out_channels)]
@@ -193,75 +193,56 @@ def _describe_network(model: MobileNetV2) -> list[Stage]:
     return [*stages, network.classifier(model.classifier)]
 
 
-class MobileNetV2(nn.Module):
-    """MobileNetV2: images [N, in_channels, H, W] -> logits [N, num_classes], any H, W >= 1.
+class MobileNet(nn.Module):
+    """What MobileNetV1 and MobileNetV2 have in common: `features`, the mean over the last map, `classifier`.
 
-    The state dict is torchvision's, key for key, and so are rounding and initialisation: one seed gives both the same
-    weights. In eval mode without gradients the whole network is one op call on packed weights, which follow every
-    change of the parameters; where that cannot be (`why_not_fused`), it runs block by block or layer by layer.
+    `features` are a 3x3 convolution of stride 2, blocks, and for some a 1x1 convolution. In eval mode without gradients
+    the whole network is one op call on packed weights, which follow every change of the parameters; where that cannot
+    be (`why_not_fused`), it runs block by block or layer by layer.
 
     Args:
-        num_classes: width of the classifier; 0 leaves it out, the result is then the pooled features [N, num_features].
-        width_mult: factor on every width, the last (1280) is only ever enlarged (section 4 of the paper).
-        inverted_residual_setting: rows (t, c, n, s) in place of the paper's Table 2.
-        round_nearest: every width is rounded to a multiple of this.
-        dropout: probability of the dropout before the classifier.
-        in_channels: channels of the image.
-        output_stride: by how much the last map is smaller than the image at most, 2 to 32, by default as the strides
-            have it (32): where a block would exceed it, its stride is left out and the blocks after it are dilated
-            (the reference's `output_stride`: tensorflow/models, research/slim/nets/mobilenet/mobilenet.py).
-        padding: "symmetric" as in PyTorch's models, or "same" as in TensorFlow's, whose weights want it.
-        features_only: leaves out head and classifier; the result is a list of maps, finest first, those of the last
-            block of every resolution (16, 24, 32, 96 and 320 channels; `feature_info` says which). As timm's.
-        out_indices: which of those maps, by default all; blocks after the last of them are left out.
-
-    Raises:
-        ValueError: inverted_residual_setting is empty, or a row of it is not four numbers, or a stride not 1 or 2;
-            output_stride, padding or out_indices are none of those.
+        stem_channels: of the first convolution.
+        blocks: (out_channels, stride, options) of each, options being further arguments of InvertedResidual.
+        head_channels: of the last convolution; None leaves it out.
+        **options: as of MobileNetV2.
     """
 
     def __init__(
         self,
-        num_classes: int = 1000,
-        width_mult: float = 1.0,
-        inverted_residual_setting: Sequence[Sequence[int]] | None = None,
-        round_nearest: int = 8,
-        dropout: float = 0.2,
-        in_channels: int = 3,
+        stem_channels: int,
+        blocks: Iterable[tuple[int, int, dict[str, Any]]],
+        head_channels: int | None,
         *,
-        output_stride: int | None = None,
-        padding: str = "symmetric",
-        features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
+        num_classes: int,
+        dropout: float,
+        in_channels: int,
+        output_stride: int | None,
+        padding: str,
+        features_only: bool,
+        out_indices: Sequence[int] | None,
     ) -> None:
         super().__init__()
         if output_stride not in (None, 2, 4, 8, 16, 32):
             raise ValueError(f"output_stride should be 2, 4, 8, 16 or 32, got {output_stride}")
         if out_indices is not None and not features_only:
             raise ValueError("out_indices choose maps of a model with features_only=True")
-        setting = INVERTED_RESIDUAL_SETTING if inverted_residual_setting is None else inverted_residual_setting
-        if len(setting) == 0 or not all(_is_row(row) for row in setting):
-            raise ValueError(f"inverted_residual_setting should be non-empty rows of (t, c, n, s), got {setting}")
-
-        channels = make_divisible(STEM_CHANNELS * width_mult, round_nearest)
-        features: list[nn.Module] = [conv_bn_relu6(in_channels, channels, 3, stride=2, padding=padding)]
-        reduction, dilation = 2, 1
+        features: list[nn.Module] = [conv_bn_relu6(in_channels, stem_channels, 3, stride=2, padding=padding)]
+        channels, reduction, rate = stem_channels, 2, 1
         self.feature_info: list[dict[str, Any]] = []
-        for t, c, n, s in setting:
-            out_channels = make_divisible(c * width_mult, round_nearest)
-            if s == 2 and len(features) > 1:
+        for out_channels, stride, options in blocks:
+            if stride == 2 and len(features) > 1:
                 self._end_stage(features, channels, reduction)
-            for i in range(n):
-                stride, wanted = (s if i == 0 else 1), dilation
-                if stride == 2 and reduction == output_stride:  # this block keeps the dilation of those before
-                    stride, dilation = 1, dilation * stride
-                block = InvertedResidual(channels, out_channels, stride, t, dilation=wanted, padding=padding)
-                features.append(block)
-                reduction *= stride
-                channels = out_channels
+            dilation = rate
+            if stride == 2 and reduction == output_stride:  # this block keeps the dilation of those before
+                stride, rate = 1, rate * stride
+            options = dict(dilation=dilation, padding=padding, **options)
+            features.append(InvertedResidual(channels, out_channels, stride, **options))
+            reduction *= stride
+            channels = out_channels
         self._end_stage(features, channels, reduction)
-        self.num_features = make_divisible(HEAD_CHANNELS * max(1.0, width_mult), round_nearest)
-        features.append(conv_bn_relu6(channels, self.num_features, 1))
+        self.num_features = channels if head_channels is None else head_channels
+        if head_channels is not None:
+            features.append(conv_bn_relu6(channels, head_channels, 1))
         self._maps: list[int] | None = None
         if features_only:
             chosen = range(len(self.feature_info)) if out_indices is None else out_indices
@@ -465,6 +446,67 @@ class MobileNetV2(nn.Module):
             return self.forward_intermediates(x, self._maps)
         y = self._chain(self, x) if self.fused else None
         return self.forward_head(self.forward_features(x)) if y is None else y
+
+
+class MobileNetV2(MobileNet):
+    """MobileNetV2: images [N, in_channels, H, W] -> logits [N, num_classes], any H, W >= 1.
+
+    The state dict is torchvision's, key for key, and so are rounding and initialisation: one seed gives both the same
+    weights. In eval mode without gradients the whole network is one op call: see MobileNet.
+
+    Args:
+        num_classes: width of the classifier; 0 leaves it out, the result is then the pooled features [N, num_features].
+        width_mult: factor on every width, the last (1280) is only ever enlarged (section 4 of the paper).
+        inverted_residual_setting: rows (t, c, n, s) in place of the paper's Table 2.
+        round_nearest: every width is rounded to a multiple of this.
+        dropout: probability of the dropout before the classifier.
+        in_channels: channels of the image.
+        output_stride: by how much the last map is smaller than the image at most, 2 to 32, by default as the strides
+            have it (32): where a block would exceed it, its stride is left out and the blocks after it are dilated
+            (the reference's `output_stride`: tensorflow/models, research/slim/nets/mobilenet/mobilenet.py).
+        padding: "symmetric" as in PyTorch's models, or "same" as in TensorFlow's, whose weights want it.
+        features_only: leaves out head and classifier; the result is a list of maps, finest first, those of the last
+            block of every resolution (16, 24, 32, 96 and 320 channels; `feature_info` says which). As timm's.
+        out_indices: which of those maps, by default all; blocks after the last of them are left out.
+
+    Raises:
+        ValueError: inverted_residual_setting is empty, or a row of it is not four numbers, or a stride not 1 or 2;
+            output_stride, padding or out_indices are none of those.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        width_mult: float = 1.0,
+        inverted_residual_setting: Sequence[Sequence[int]] | None = None,
+        round_nearest: int = 8,
+        dropout: float = 0.2,
+        in_channels: int = 3,
+        *,
+        output_stride: int | None = None,
+        padding: str = "symmetric",
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+    ) -> None:
+        setting = INVERTED_RESIDUAL_SETTING if inverted_residual_setting is None else inverted_residual_setting
+        if len(setting) == 0 or not all(_is_row(row) for row in setting):
+            raise ValueError(f"inverted_residual_setting should be non-empty rows of (t, c, n, s), got {setting}")
+        super().__init__(
+            make_divisible(STEM_CHANNELS * width_mult, round_nearest),
+            [
+                (make_divisible(c * width_mult, round_nearest), s if i == 0 else 1, dict(expand_ratio=t))
+                for t, c, n, s in setting
+                for i in range(n)
+            ],
+            make_divisible(HEAD_CHANNELS * max(1.0, width_mult), round_nearest),
+            num_classes=num_classes,
+            dropout=dropout,
+            in_channels=in_channels,
+            output_stride=output_stride,
+            padding=padding,
+            features_only=features_only,
+            out_indices=out_indices,
+        )
 
 
 def mobilenet_v2(**kwargs: Any) -> MobileNetV2:
