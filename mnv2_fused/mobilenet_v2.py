@@ -178,7 +178,7 @@ def _describe_units(units: tuple[Unit, ...], model: MobileNet) -> list[Stage]:
 
 
 def _describe_features(model: MobileNet) -> list[Stage]:
-    network.expect(len(model.features) >= 2, "features without a stem and a head")
+    network.expect(len(model.features) >= 2, "features of less than two modules")
     return _describe_units(model._units(len(model.features)), model)
 
 
@@ -187,7 +187,8 @@ def _describe_network(model: MobileNet) -> list[Stage]:
         own = name in model.__dict__ or getattr(type(model), name) is not getattr(MobileNet, name)
         network.expect(not own, f"the model has a {name} of its own")
     network.expect(model.classifier is not None, "there is no classifier")
-    stages = [*_describe_features(model), network.pool(model.features[-1][0].out_channels)]
+    stages = _describe_features(model)
+    stages.append(network.pool(stages[-1].layer.out_channels))
     if type(model.classifier) is nn.Identity:
         return stages
     return [*stages, network.classifier(model.classifier)]
@@ -280,7 +281,13 @@ class MobileNet(nn.Module):
                 _init_linear(module)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifier by a freshly initialised one of `num_classes`, or by none (0)."""
+        """Replaces the classifier by a freshly initialised one of `num_classes`, or by none (0).
+
+        Raises:
+            ValueError: the model has no classifier, as its maps are the result (features_only).
+        """
+        if self._maps is not None:
+            raise ValueError("a model with features_only=True has no classifier")
         like = next(self.features.parameters())
         self.num_classes = num_classes
         self.classifier = self._make_classifier(num_classes).to(like.device, like.dtype).train(self.training)
