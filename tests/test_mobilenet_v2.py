@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import TOLERANCE, check, error, fused, images, plain, settle
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -28,64 +29,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.4)
 SIZES = ((224, 224), (97, 131), (65, 33), (32, 32))
-# Largest relative error of a row of logits, in norm: float32 with room for 50 layers.
-TOLERANCE = 2e-5
 STATE_DICT = json.loads(Path(__file__).with_name("data").joinpath("torchvision_state_dict.json").read_text())
 
 
 def settled(width_mult: float = 0.35, seed: int = 0, **options: Any) -> MobileNetV2:
-    """A model in eval mode as training leaves one: no channel, no statistic is like its neighbour."""
     torch.manual_seed(seed)
-    model = MobileNetV2(width_mult=width_mult, **options)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.mul_(torch.empty(len(module.weight), 1, 1, 1).uniform_(0.5, 2))
-            elif isinstance(module, nn.Linear):
-                module.weight.normal_(0, 0.1)
-                module.bias.normal_()
-        for bn in norms:
-            bn.weight.uniform_(0.5, 1.5)
-            bn.bias.normal_(0, 0.5)
-            bn.momentum = None  # the mean over all batches so far, here one
-        model.train()(torch.randn(8, model.in_channels, 64, 64))
-        for bn in norms:
-            bn.momentum = 0.1
-            bn.running_mean.add_(0.2 * bn.running_var.sqrt() * torch.randn(bn.num_features))
-            bn.running_var.mul_(torch.empty(bn.num_features).uniform_(0.7, 1.4))
-    return model.eval()
-
-
-@cache
-def images(batch: int, height: int, width: int, channels: int = 3) -> Tensor:
-    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(height * width))
-
-
-def plain(model: MobileNetV2, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The composition of a copy's modules, in float64."""
-    model = copy.deepcopy(model).to(dtype)
-    model.fused = False
-    with torch.no_grad():
-        return model(x.to(dtype))
-
-
-def fused(model: MobileNetV2, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        assert model.why_not_fused(x) == ""
-        return model(x)
-
-
-def error(y: Tensor, value: Tensor) -> float:
-    """The largest relative error of a row, in norm."""
-    assert y.shape == value.shape, f"shape {list(y.shape)}, expected {list(value.shape)}"
-    return float(((y.double() - value).flatten(1).norm(dim=1) / value.double().flatten(1).norm(dim=1)).max())
-
-
-def check(model: MobileNetV2, x: Tensor, **options: Any) -> Tensor:
-    y = fused(model, x)
-    assert error(y, plain(model, x)) < TOLERANCE
-    return y
+    return settle(MobileNetV2(width_mult=width_mult, **options))
 
 
 # --------------------------------------------------------------------------------------- torchvision's rules and keys
