@@ -30,6 +30,7 @@ from .images import MEAN, STD, ImageError, read_image
 IGNORED = 255
 
 MAX_BYTES = 1 << 30  # of an annotation file; COCO's largest, instances_train2017.json, has 0.45e9
+MAX_XML_BYTES = 1 << 24  # of one picture's annotation; VOC's have a few thousand
 MAX_PIXELS = 1 << 25  # of a picture: the augmentations enlarge it up to 16 times
 
 # ImageNet's mean, which `normalize` makes nearly 0: what an image is padded with.
@@ -371,13 +372,12 @@ class VocDetection(_Voc):
     def __getitem__(self, index: int) -> tuple[Tensor, Boxes]:
         image = self._image(index)
         path = self._root / "Annotations" / f"{self._names[index]}.xml"
+        content = _read(path, MAX_XML_BYTES)
         parser = ElementTree.XMLParser(target=_NoDoctype())
         try:
-            parser.feed(_read(path, 1 << 24))
+            parser.feed(content)
             annotation = parser.close()
         except (ElementTree.ParseError, ValueError, LookupError) as error:
-            if isinstance(error, DatasetError) and str(path) in str(error):
-                raise
             raise DatasetError(f"{path}: {_one_line(error)}") from error
         objects = []
         for number, element in enumerate(annotation.findall("object")):
@@ -599,8 +599,6 @@ def random_iou_crop(
     height, width = _size_of(image, target, dict)
     if max(options, default=0) < 1:
         raise ValueError(f"options must hold 1, which leaves the image whole, got {list(options)}")
-    if not len(target["boxes"]):
-        return image, target
     boxes = target["boxes"].double().numpy()
     starts, ends = boxes[:, :2], boxes[:, 2:]
     centres, areas = (starts + ends) / 2, (ends - starts).prod(1)
@@ -610,8 +608,8 @@ def random_iou_crop(
         sides = (whole * rng.uniform(*scale, (trials, 2))).astype(int)
         corners = ((whole - sides) * rng.random((trials, 2))).astype(int)
         limits = corners + sides
-        allowed = (sides > 0).all(1)
-        allowed &= (aspect[0] * sides[:, 1] <= sides[:, 0]) & (sides[:, 0] <= aspect[1] * sides[:, 1])
+        allowed = (aspect[0] * sides[:, 1] <= sides[:, 0]) & (sides[:, 0] <= aspect[1] * sides[:, 1])
+        # No centre is inside a crop without pixels.
         inside = ((corners[:, None] < centres) & (centres < limits[:, None])).all(2)  # [trials, n]
         common = np.minimum(limits[:, None], ends) - np.maximum(corners[:, None], starts)
         common = common.clip(0).prod(2)

@@ -126,6 +126,13 @@ def test_colours_do_not_tell_the_class():
     assert all((labels == label).mean() > 0.08 for label in range(1, 7))
 
 
+def test_shapes_are_not_hidden(monkeypatch):
+    stamp = np.zeros((128, 128), bool)
+    stamp[10:50, 20:80] = True
+    monkeypatch.setattr(Shapes, "_stamp", lambda *_: stamp)  # the next one would cover all of the first
+    assert {len(target["labels"]) for _, target in Shapes(10)} == {1}
+
+
 def test_arguments_of_shapes():
     dataset = Shapes(30, num_classes=2, size=64)
     assert dataset.classes == ("background", *SHAPES[:2])
@@ -441,12 +448,12 @@ def test_transforms_keep_targets_well_formed(name, boxes):
     assert len(outcomes) > 1 or (name == "iou_crop" and not boxes)
 
 
-def test_iou_crop_keeps_what_is_centred_inside():
-    image, target = item(BOXES)
+@pytest.mark.parametrize("least, boxes", [(0.5, BOXES), (0.0, BOXES[2:3])], ids=["0.5", "0"])
+def test_iou_crop_keeps_what_is_centred_inside(least, boxes):
+    image, target = item(boxes)
     cropped = 0
     for seed in range(150):
-        options = (0.5, 1.0)
-        result, kept = random_iou_crop(image, target, np.random.default_rng(seed), options=options)
+        result, kept = random_iou_crop(image, target, np.random.default_rng(seed), options=(least, 1.0))
         if result.shape == image.shape:
             assert same(kept, target)
             continue
@@ -457,7 +464,7 @@ def test_iou_crop_keeps_what_is_centred_inside():
         assert torch.equal(result, image[:, top:bottom, left:right])
         assert 0.5 <= width / height <= 2 and width >= int(0.3 * 64) and height >= int(0.3 * 48)
         labels, best = [], 0
-        for label, (x1, y1, x2, y2) in enumerate(BOXES, 1):
+        for label, (x1, y1, x2, y2) in enumerate(boxes, 1):
             if left < (x1 + x2) / 2 < right and top < (y1 + y2) / 2 < bottom:
                 common = (min(x2, right) - max(x1, left)) * (min(y2, bottom) - max(y1, top))
                 best = max(best, common / (width * height + (x2 - x1) * (y2 - y1) - common))
@@ -467,7 +474,7 @@ def test_iou_crop_keeps_what_is_centred_inside():
                 assert kept["area"][len(labels)] == pytest.approx((cut[2] - cut[0]) * (cut[3] - cut[1]) / 2)
                 labels.append(label)
         assert kept["labels"].tolist() == labels and len(labels) >= 1
-        assert best >= 0.5
+        assert best >= least
     assert 40 < cropped < 110  # one of two options
 
 
@@ -515,6 +522,10 @@ def test_resize_moves_boxes_and_pixels_alike():
     mask = (image[0] > 0).long() * 7
     _, resized = resize(image, mask, size=(80, 20))
     assert (resized[20:40, 10:16] == 7).all() and (resized == 7).sum() == 20 * 6
+    labels = torch.arange(40 * 60).view(40, 60)
+    for size in [(16, 24), (48, 64), (96, 8)]:  # where no pixel is as near as another
+        nearest = Image.fromarray(labels.int().numpy()).resize(size[::-1], Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(resize(image, labels, size=size)[1].numpy(), np.asarray(nearest))
     again, same_mask = resize(image, mask, size=(40, 60))
     assert torch.equal(again, image) and torch.equal(same_mask, mask)
 
