@@ -51,8 +51,16 @@ def decode_boxes(codes: Tensor, anchors: Tensor) -> Tensor:
     return torch.cat([center - size / 2, center + size / 2], -1)
 
 
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Intersection over union, [..., M, N], of boxes [..., M, 4] and [..., N, 4]; NaN of two boxes without an area."""
+    """Intersection over union, [..., M, N], of boxes [..., M, 4] and [..., N, 4], in float32 at least.
+
+    It is NaN of two boxes without an area.
+    """
+    boxes1, boxes2 = (_at_least_float32(boxes) for boxes in (boxes1, boxes2))
     # Each coordinate dense: with the four of a box side by side it takes six times as long.
     ax1, ay1, ax2, ay2 = boxes1.movedim(-1, 0).contiguous().unsqueeze(-1)
     bx1, by1, bx2, by2 = boxes2.movedim(-1, 0).contiguous().unsqueeze(-2)
@@ -203,7 +211,7 @@ class DefaultBoxGenerator:
         found = self._cache.get(key)
         if found is None:
             # Tensors of inference mode would be useless to a training step later.
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.device("cpu"):
                 found = self._make(image_size, grid_sizes).to(device, dtype)
             if type(found) is Tensor:  # not that of an export, which is no tensor outside of it
                 if len(self._cache) >= 16:
@@ -282,8 +290,8 @@ class SSDLite(nn.Module):
         image_mean, image_std: of the normalisation, per channel.
 
     Raises:
-        ValueError: there is no class but the background; size, anchors, padding, image_mean or image_std are none of
-            those; in a call, images or targets are not as above. Image and box are named.
+        ValueError: there is no class but the background; size, anchors, padding, positive_fraction, image_mean or
+            image_std are none of those; in a call, images or targets are not as above. Image and box are named.
         TypeError: in a call, images or boxes are no tensors, or images are integers.
         FloatingPointError: in training a loss is not finite.
     """
@@ -311,6 +319,8 @@ class SSDLite(nn.Module):
             raise ValueError(f"num_classes counts the background and should be at least 2, got {num_classes}")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size should be a height and a width of at least 1, got {size}")
+        if not 0 < positive_fraction <= 1:
+            raise ValueError(f"positive_fraction should be above 0 and at most 1, got {positive_fraction}")
         if not len(image_mean) == len(image_std) == 3:
             raise ValueError(f"image_mean and image_std should be of 3 channels, got {image_mean} and {image_std}")
         self.num_classes = num_classes
@@ -318,6 +328,7 @@ class SSDLite(nn.Module):
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_img, self.topk_candidates = detections_per_img, topk_candidates
         self.iou_thresh = iou_thresh
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.neg_to_pos_ratio = (1 - positive_fraction) / positive_fraction
         self.anchor_generator = DefaultBoxGenerator(anchors)
 
@@ -335,8 +346,6 @@ class SSDLite(nn.Module):
             anchor_counts = self.anchor_generator.num_anchors_per_location()
             heads = (_predictor(c, n * numbers, use_depthwise) for c, n in zip(channels, anchor_counts, strict=True))
             self.head[name] = nn.ModuleList(heads)
-        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         self.fused = True
         self._init_weights()
 
@@ -380,7 +389,7 @@ class SSDLite(nn.Module):
             return []
         x = self._batch(images)
         maps = self.forward_maps(x)
-        box_regression, cls_logits = (t if t.dtype == torch.float64 else t.float() for t in self.forward_head(maps))
+        box_regression, cls_logits = map(_at_least_float32, self.forward_head(maps))
         grid_sizes = [(m.shape[2], m.shape[3]) for m in maps]
         anchors = self.anchor_generator(self.size, grid_sizes, box_regression.dtype, box_regression.device)
         if self.training:
@@ -392,7 +401,9 @@ class SSDLite(nn.Module):
             x = self._resize(images)
         else:
             x = torch.cat([self._resize(image.unsqueeze(0)) for image in images])
-        return x.to(self.image_mean.dtype).sub(self.image_mean).div_(self.image_std)
+        x = x.to(next(self.parameters()).dtype)
+        mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (self.image_mean, self.image_std))
+        return x.sub(mean).div_(std)
 
     def _resize(self, x: Tensor) -> Tensor:
         if tuple(x.shape[2:]) == self.size:
@@ -408,6 +419,8 @@ class SSDLite(nn.Module):
             raise ValueError(f"in training mode targets should be one per image: {len(sizes)} images, targets: {given}")
         checked = []
         for i, (target, original) in enumerate(zip(targets, sizes, strict=True)):
+            if missing := {"boxes", "labels"} - target.keys():
+                raise ValueError(f"targets should have boxes and labels, that of image {i} has no {min(missing)}")
             boxes, labels = target["boxes"], target["labels"]
             if not isinstance(boxes, Tensor) or not isinstance(labels, Tensor):
                 kinds = f"{type(boxes)} and {type(labels)}"
@@ -577,7 +590,7 @@ def _by_anchor(maps: Sequence[Tensor], heads: nn.ModuleList, numbers: int) -> Te
 def _scale(boxes: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
     """Boxes of an image of one height and width as they are in that image of another."""
     y, x = to[0] / size[0], to[1] / size[1]
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    boxes = _at_least_float32(boxes)
     return boxes * boxes.new_tensor([x, y, x, y])
 
 
