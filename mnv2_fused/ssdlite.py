@@ -1,8 +1,8 @@
 """SSDLite on MobileNetV2 (section 6.2 of the paper): network, anchors, loss, detections. Needs no torchvision.
 
-Two papers' facts meet here: the architecture and the anchors are those of the paper's authors (tensorflow/models,
-research/object_detection, ssdlite_mobilenet_v2_coco), the loss, the detections and all names those of torchvision
-(torchvision/models/detection/ssd.py and ssdlite.py).
+The architecture and the anchors are those of the paper's authors (tensorflow/models, research/object_detection,
+ssdlite_mobilenet_v2_coco.config); the loss, the detections and all names those of torchvision, which trains with a
+softmax over the classes (torchvision/models/detection/ssd.py and ssdlite.py).
 """
 
 from __future__ import annotations
@@ -192,6 +192,7 @@ class DefaultBoxGenerator:
         return DefaultBoxGenerator, (self.arrangement,)
 
     def num_anchors_per_location(self) -> list[int]:
+        """How many shapes there are on each map."""
         return [len(shapes) for shapes in self.shapes]
 
     def __call__(

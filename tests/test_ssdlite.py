@@ -156,6 +156,34 @@ def test_widths(width: float, expected: tuple[int, ...]) -> None:
         assert model.out_channels == expected == tuple(m.shape[1] for m in model.forward_maps(x))
 
 
+def test_layers() -> None:
+    """Of an extra layer and of a head, as the paper's authors have them."""
+
+    def describe(root: nn.Module) -> list[str]:
+        layers = []
+        for m in root.modules():
+            if isinstance(m, nn.Conv2d):
+                (kernel_size, _), (stride, _), bias = m.kernel_size, m.stride, " + bias" * (m.bias is not None)
+                shape = f"{m.in_channels}-{m.out_channels}"
+                layers.append(f"{kernel_size}x{kernel_size} {shape} /{m.groups} s{stride}{bias}")
+            elif not list(m.children()):
+                layers.append(type(m).__name__)
+        return layers
+
+    with torch.device("meta"):
+        model, dense = SSDLite(), SSDLite(use_depthwise=False)
+    after = ["BatchNorm2d", "ReLU6"]
+    assert describe(model.extra[0]) == [
+        "1x1 1280-256 /1 s1", *after, "3x3 256-256 /256 s2", *after, "1x1 256-512 /1 s1", *after
+    ]  # fmt: skip
+    assert describe(model.extra[3])[-3:] == ["1x1 64-128 /1 s1", *after]
+    assert describe(model.head["regression_head"][0]) == ["3x3 576-576 /576 s1", *after, "1x1 576-12 /1 s1 + bias"]
+    assert describe(model.head["classification_head"][5]) == ["3x3 128-128 /128 s1", *after, "1x1 128-486 /1 s1 + bias"]
+    assert not any(m.use_res_connect for m in (*model.extra, *model.head["regression_head"]))
+    assert describe(dense.extra[0]) == ["1x1 1280-256 /1 s1", *after, "3x3 256-512 /1 s2", *after]
+    assert describe(dense.head["classification_head"][0]) == ["3x3 576-243 /1 s1 + bias"]
+
+
 def test_initialisation() -> None:
     model = SSDLite()
     for conv in (m for part in (model.extra, model.head) for m in part.modules() if isinstance(m, nn.Conv2d)):
@@ -492,6 +520,25 @@ def test_detections(options: dict[str, Any]) -> None:
         assert detections["labels"].tolist() == [row[5] for row in rows] and detections["labels"].dtype == torch.int64
         limit = torch.tensor([w, h, w, h]) * (1 + 1e-12)
         assert ((detections["boxes"] >= 0) & (detections["boxes"] <= limit)).all()
+
+
+@pytest.mark.parametrize("arrangement", ["paper", "torchvision"])
+@torch.no_grad()
+def test_heads_that_say_nothing_detect_the_anchors(arrangement: str) -> None:
+    """All of them, in their order, as they are in images of other shapes than the network's, which is no square."""
+    many = dict(nms_thresh=1.0, detections_per_img=10_000, topk_candidates=10_000)
+    model = small(num_classes=2, size=(64, 96), anchors=arrangement, **many).eval()
+    for module in model.head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.weight)
+    anchors = slow_anchors(arrangement, (64, 96), [(4, 6), (2, 3), (1, 2), *[(1, 1)] * 3])
+    anchors = torch.minimum(anchors.clamp(min=0), torch.tensor([96, 64, 96, 64]))
+    for detections, (height, width) in zip(
+        model([torch.rand(3, 64, 96), torch.rand(3, 100, 30)]), [(64, 96), (100, 30)], strict=True
+    ):
+        right = anchors * torch.tensor([width / 96, height / 64] * 2)
+        torch.testing.assert_close(detections["boxes"], right.float(), rtol=1e-5, atol=1e-4)
+        assert (detections["scores"] == 0.5).all() and (detections["labels"] == 1).all()
 
 
 def test_training_finds_a_box() -> None:
