@@ -459,12 +459,15 @@ def targets_of(counts: list[int], size: float = 64, classes: int = 5, seed: int 
     ]
 
 
-@pytest.mark.parametrize("counts", [[2], [0], [0, 3, 1], [60, 1]], ids=str)
-def test_loss(counts: list[int]) -> None:
-    """The last one with so many boxes that there are not three negatives for each positive."""
+@pytest.mark.parametrize(
+    ("counts", "size"),
+    [([2], 64), ([0], 64), ([0, 3, 1], 64), ([60, 1], 64), ([1], 3)],
+    ids=["two boxes", "none", "three images", "fewer than three negatives for each positive", "one anchor matched"],
+)
+def test_loss(counts: list[int], size: float) -> None:
     model = small()
     anchors = model.anchor_generator((64, 64), [(4, 4), (2, 2), *[(1, 1)] * 4], torch.float64)
-    targets = [{"boxes": t["boxes"].double(), "labels": t["labels"]} for t in targets_of(counts)]
+    targets = [{"boxes": t["boxes"].double(), "labels": t["labels"]} for t in targets_of(counts, size)]
     torch.manual_seed(0)
     codes = torch.randn(len(counts), len(anchors), 4, dtype=torch.float64) * 2
     logits = torch.randn(len(counts), len(anchors), 5, dtype=torch.float64) * 2
@@ -539,6 +542,8 @@ def test_heads_that_say_nothing_detect_the_anchors(arrangement: str) -> None:
         right = anchors * torch.tensor([width / 96, height / 64] * 2)
         torch.testing.assert_close(detections["boxes"], right.float(), rtol=1e-5, atol=1e-4)
         assert (detections["scores"] == 0.5).all() and (detections["labels"] == 1).all()
+    model.score_thresh = 0.5  # which is not above itself
+    assert len(model(torch.rand(1, 3, 64, 96))[0]["boxes"]) == 0
 
 
 def test_training_finds_a_box() -> None:
