@@ -46,7 +46,9 @@ class DeepLabHead(nn.Module):
         dropout: probability of the dropout before the logits.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, atrous_rates: Iterable[int] = (), dropout: float = 0.1):
+    def __init__(
+        self, in_channels: int, num_classes: int, atrous_rates: Iterable[int] = (), dropout: float = 0.1
+    ) -> None:
         super().__init__()
         self.fused = True
         self.pool = _conv_bn_relu(in_channels, HEAD_CHANNELS)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mnv2_fused import MobileNetV2
 from mnv2_fused.deeplab import VOC_SCALES, DeepLabV3, segmentation_loss
 from mnv2_fused.mobilenet_v1 import MobileNetV1
+from mnv2_fused.network import Conv2dSame
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +113,15 @@ def test_rates(output_stride: int, rates: tuple[int, ...], dilations: list[int] 
     assert tuple(conv.dilation[0] for conv in convs[1:]) == rates and convs[0].kernel_size == (1, 1)
     if dilations:
         assert [block.conv[-3][0].dilation[0] for block in model.backbone.features[1:]] == dilations
+
+
+def test_arguments_of_the_backbone() -> None:
+    model = DeepLabV3(width_mult=0.5, padding="same", in_channels=4, dropout=0.3)
+    stem, *rest = [m for m in model.backbone.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert (stem.in_channels, stem.out_channels, model.backbone.num_features) == (4, 16, 160)
+    assert all(type(conv) is Conv2dSame for conv in (stem, *rest)) and len(rest) == 17
+    assert not any(isinstance(m, Conv2dSame) for m in DeepLabV3(width_mult=0.5).modules())
+    assert model.classifier.dropout.p == 0.3 and len(model.backbone.features) == 18
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (15, 16), (33, 33), (50, 47)], ids=str)
