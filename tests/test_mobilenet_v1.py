@@ -176,6 +176,14 @@ def test_maps() -> None:
         assert error(found, truth) < 2e-5
 
 
+def test_padding() -> None:
+    """TensorFlow's is PyTorch's where every strided convolution reads an odd size, and another where it does not."""
+    one, two = settled(padding="same"), settled()
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(fused(one, images(2, 65, 33)), fused(two, images(2, 65, 33)))
+    assert error(check(one, images(2, 64, 64)), fused(two, images(2, 64, 64))) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["float16", "float32"])
 @torch.no_grad()
 def test_on_a_gpu(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
