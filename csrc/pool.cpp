@@ -126,6 +126,6 @@ Tensor new_cpu_tensor(const std::vector<int64_t>& shape, ScalarType dtype, Memor
   return Tensor(handle);
 }
 
-int64_t empty_cache() { return Pool::instance().empty(); }
+int64_t empty_cache() { return Pool::instance().empty() + Arena::release(); }
 
 }  // namespace mnv2_fused

@@ -437,10 +437,10 @@ def selected_kernel(dtype: torch.dtype = torch.float32) -> str:
 
 
 def empty_cache() -> int:
-    """Gives back the memory that the ops keep from large CPU tensors for the next ones, as torch.cuda.empty_cache does.
+    """Gives back the memory that the ops keep on the CPU from call to call, as torch.cuda.empty_cache does on a GPU.
 
-    Results of the ops of 1 MiB or more live in memory that is used again when they are gone, at most half as much
-    again as was in use at once: after training, call this. Returns the bytes that were kept.
+    Results of 1 MiB or more live in memory that is used again when they are gone, at most half as much again as was in
+    use at once: after training, call this. The rest is a few MB that the kernels work in. Returns the bytes given back.
     """
     return _C.empty_cache()
 

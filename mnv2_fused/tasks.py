@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .mobilenet_v2 import MobileNetV2
+from .ops import empty_cache
 from .peers import RUNNERS, TRAINERS, Runner, checkpointed
 
 if TYPE_CHECKING:
@@ -314,6 +315,7 @@ def restart_peak() -> int | None:
     if sys.platform != "linux":
         return None
     gc.collect()
+    empty_cache()
     with suppress(AttributeError):  # glibc's: what loading and compiling left on the heap is not the task's
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now

@@ -997,11 +997,11 @@ def test_memory_in_use_is_not_given_away() -> None:
 @keeps_memory
 def test_little_more_memory_is_kept_than_was_in_use() -> None:
     mnv2_fused.empty_cache()
-    sizes = [60, 110, 160, 90, 75, 130, 210, 100]
+    sizes = [60, 110, 160, 290, 75, 130, 310, 100, 250, 330]
     largest = 0
     for size in sizes:
         largest = max(largest, ops.inverted_residual(*Block(32, 64, 32, size, size).tensors(), padding=1).nbytes)
-    assert largest <= mnv2_fused.empty_cache() <= 1.5 * largest
+    assert largest <= mnv2_fused.empty_cache() <= 1.5 * largest + 4e6, "and what the kernels work in"
 
 
 @pytest.mark.parametrize("wanted", ["all", "x", "all but x"])
