@@ -162,6 +162,7 @@ Unit = tuple[int, str]
 
 
 def _describe_units(units: tuple[Unit, ...], model: MobileNet) -> list[Stage]:
+    network.expect(not model._wide, "shortcuts between expansions")
     stages = []
     for index, piece in units:
         module = model.features[index]
@@ -207,6 +208,8 @@ class MobileNet(nn.Module):
         head_channels: of the last convolution; None leaves it out.
         **options: as of MobileNetV2.
     """
+
+    _wide = False  # shortcuts are between expansions
 
     def __init__(
         self,
@@ -311,6 +314,8 @@ class MobileNet(nn.Module):
         Raises:
             ValueError: there is no such place.
         """
+        if self._wide:
+            raise ValueError("a network with shortcut='expansion' gives no maps from inside")
         taps = [self._parse_tap(index) for index in indices]
         if not taps:
             raise ValueError("indices should name at least one map")
@@ -375,10 +380,26 @@ class MobileNet(nn.Module):
             if y is not None:
                 return y
         whole = units == self._units(len(self.features))
-        if whole and (not self.fused or training.has_hooks(self.features) or type(self.features) is not nn.Sequential):
+        hooked = training.has_hooks(self.features) or type(self.features) is not nn.Sequential
+        if self._wide:
+            return self._run_wide(units, x)
+        if whole and (not self.fused or hooked):
             return self.features(x)
         for index, piece in units:
             x = self._run_unit(self.features[index], piece, x)
+        return x
+
+    def _run_wide(self, units: tuple[Unit, ...], x: Tensor) -> Tensor:
+        """With shortcuts from each expansion to the next of the same shape."""
+        before = None
+        for index, _ in units:
+            module = self.features[index]
+            if not isinstance(module, InvertedResidual) or not module._expand():
+                x, before = self._run_unit(module, WHOLE, x), None
+                continue
+            h = self._run_unit(module, EXPAND, x)
+            h = h if before is None or before.shape != h.shape else h + before
+            x, before = self._run_unit(module, REST, h), h if module.stride == 1 else None
         return x
 
     def _run_unit(self, module: nn.Module, piece: str, x: Tensor) -> Tensor:
@@ -475,10 +496,13 @@ class MobileNetV2(MobileNet):
         features_only: leaves out head and classifier; the result is a list of maps, finest first, those of the last
             block of every resolution (16, 24, 32, 96 and 320 channels; `feature_info` says which). As timm's.
         out_indices: which of those maps, by default all; blocks after the last of them are left out.
+        bottleneck_activation: after every projection, "linear" or "relu6" (figure 6a of the paper).
+        shortcut: what is added where shapes allow it (figure 6b): "bottleneck", a block's input to its output;
+            "expansion", the expansion of a block to that of the next one; or "none".
 
     Raises:
         ValueError: inverted_residual_setting is empty, or a row of it is not four numbers, or a stride not 1 or 2;
-            output_stride, padding or out_indices are none of those.
+            output_stride, padding, out_indices, bottleneck_activation or shortcut are none of those.
     """
 
     def __init__(
@@ -494,14 +518,19 @@ class MobileNetV2(MobileNet):
         padding: str = "symmetric",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
+        bottleneck_activation: str = "linear",
+        shortcut: str = "bottleneck",
     ) -> None:
+        if shortcut not in ("bottleneck", "expansion", "none"):
+            raise ValueError(f"shortcut should be 'bottleneck', 'expansion' or 'none', got {shortcut!r}")
         setting = INVERTED_RESIDUAL_SETTING if inverted_residual_setting is None else inverted_residual_setting
         if len(setting) == 0 or not all(_is_row(row) for row in setting):
             raise ValueError(f"inverted_residual_setting should be non-empty rows of (t, c, n, s), got {setting}")
+        options = dict(activation=bottleneck_activation, shortcut=shortcut == "bottleneck")
         super().__init__(
             make_divisible(STEM_CHANNELS * width_mult, round_nearest),
             [
-                (make_divisible(c * width_mult, round_nearest), s if i == 0 else 1, dict(expand_ratio=t))
+                (make_divisible(c * width_mult, round_nearest), s if i == 0 else 1, dict(expand_ratio=t, **options))
                 for t, c, n, s in setting
                 for i in range(n)
             ],
@@ -514,6 +543,7 @@ class MobileNetV2(MobileNet):
             features_only=features_only,
             out_indices=out_indices,
         )
+        self._wide = shortcut == "expansion"
 
 
 def mobilenet_v2(**kwargs: Any) -> MobileNetV2:
