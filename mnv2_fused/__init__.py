@@ -2,12 +2,18 @@
 
 __version__ = "0.1.0"
 
+from .deeplab import DeepLabV3
+from .mobilenet_v1 import MobileNetV1
 from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
 from .ops import empty_cache, inverted_residual, kernels, selected_kernel
+from .ssdlite import SSDLite
 
 __all__ = [
+    "DeepLabV3",
     "InvertedResidual",
+    "MobileNetV1",
     "MobileNetV2",
+    "SSDLite",
     "empty_cache",
     "inverted_residual",
     "kernels",

@@ -1,4 +1,7 @@
-"""The command `mnv2-fused`: info, bench, classify, demo. Results go to stdout, remarks and errors to stderr."""
+"""The command `mnv2-fused`: info, bench, tables, ablate, shapes, classify, demo.
+
+Results go to stdout, remarks and errors to stderr.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ from rich.text import Text
 
 import mnv2_fused
 
-from . import _C, benchmark, digits, images
+from . import _C, ablations, benchmark, digits, images
+from . import shapes as shape_tasks
+from . import tables as paper
 from .weights import TORCHVISION_URL, WeightsError, infer_architecture, load_model, random_model
 
 if TYPE_CHECKING:
@@ -70,7 +75,7 @@ def _note(message: object) -> None:
 
 
 @contextmanager
-def _progress(description: str, total: float, *columns: Any) -> Iterator[Callable[[float, str | None], None]]:
+def _progress(description: str, total: float | None, *columns: Any) -> Iterator[Callable[[float, str | None], None]]:
     """Yields show(done, description=None); the bar is on stderr, and only where that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn())
     # redirect_stdout would send results to stderr while the bar is up.
@@ -279,6 +284,130 @@ def _save(path: Path, save: Callable[[], None]) -> None:
     except OSError as error:
         _fail(f"cannot write {path} ({error})", status=1)
     _note(f"wrote {path}")
+
+
+# ---- tables
+
+
+@app.command()
+def tables(
+    batch: Annotated[int, typer.Option(min=1, help="Images in the measurements of memory.")] = 8,
+    memory: Annotated[bool, typer.Option(help="Also measure the memory of activations, fused and not.")] = True,
+    as_json: JsonOption = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown on stdout.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw bar charts: .png, .svg or .pdf.")] = None,
+) -> None:
+    """The paper's tables beside what these networks have: parameters, multiply-adds, largest maps, memory."""
+    if as_json and as_markdown:
+        _fail("--json and --markdown exclude each other")
+    if plot:
+        _check_plot(plot)
+    found = [paper.classification(), paper.largest_maps(), paper.detection(), paper.segmentation()]
+    if memory:
+        with _progress("memory", None) as show:
+            found += paper.memory(batch, progress=lambda name: show(0, name))
+    if as_json:
+        _print_json([table._asdict() for table in found])
+    elif as_markdown:
+        print("\n".join(map(paper.markdown, found)), end="")
+    else:
+        for table in found:
+            printed = Table(title=table.title, caption=table.note, title_justify="left", caption_justify="left")
+            for i, column in enumerate(table.columns):
+                printed.add_column(column, justify="right" if i else "left")
+            for row in table.rows:
+                printed.add_row(*map(paper.text, row))
+            out.print(printed)
+    if plot:
+        _save(plot, lambda: paper.draw(found).savefig(plot))
+
+
+# ---- ablate
+
+
+@app.command()
+def ablate(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes through the training images.")] = ablations.EPOCHS,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant.")] = ablations.SEEDS,
+    as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the accuracies: .png, .svg, .pdf.")
+    ] = None,
+) -> None:
+    """Train the variants of figure 6 of the paper on digits and on harder ones: bottleneck activation, shortcuts."""
+    if plot:
+        _check_plot(plot)
+    results = []
+    try:
+        with _progress("starting", 1.0) as show:
+            for result in ablations.run(epochs, seeds, lambda done, total, what: show(done / total, what)):
+                results.append(result)
+    except ImportError as error:
+        _fail(f"{error}: pip install 'mnv2-fused[demo]'")
+    if as_json:
+        _print_json([result._asdict() | dict(mean=result.mean, spread=result.spread) for result in results])
+    else:
+        table = Table("data", "variant", "accuracy %", "standard deviation", "runs")
+        for result in results:
+            runs = " ".join(f"{100 * accuracy:.1f}" for accuracy in result.accuracies)
+            table.add_row(result.data, result.variant, f"{100 * result.mean:.1f}", f"{100 * result.spread:.1f}", runs)
+        out.print(table)
+    if plot:
+        _save(plot, lambda: ablations.draw(results).savefig(plot))
+
+
+# ---- shapes
+
+
+class ShapesTask(str, Enum):
+    detection = "detection"
+    segmentation = "segmentation"
+
+
+@app.command()
+def shapes(
+    task: Annotated[ShapesTask, typer.Argument(help="SSDLite, or DeepLabv3.")],
+    epochs: Annotated[int | None, typer.Option(min=1, show_default="the task's", help="Passes through them.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--images", min=32, show_default="the task's", help="Images to train on.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, images and batches.")] = 0,
+    fused: Annotated[bool, typer.Option(help="Run the blocks as single ops, or layer by layer.")] = True,
+    plot: Annotated[Path, typer.Option(metavar="FILE", help="Where the plot goes: .png, .svg or .pdf.")] = Path(
+        "shapes.png"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Train a detector or a segmenter from scratch on generated shapes, on this CPU, in minutes.
+
+    Thousands of small images with boxes or masks are made in seconds. The exit status is 1 when the mean average
+    precision at an IoU of 0.5 stays below 0.8, or the mean IoU below 0.85.
+    """
+    chosen = shape_tasks.TASKS[task.value]
+    chosen = chosen._replace(epochs=epochs or chosen.epochs, images=count or chosen.images)
+    _check_plot(plot)
+    _check_kernel()
+    model = shape_tasks.network(chosen, seed)
+    model.fused = fused
+    try:
+        with _progress("making images", 1.0, TimeRemainingColumn()) as show:
+            items = shape_tasks.data(chosen, chosen.images, "train", seed)
+            run = shape_tasks.train(
+                model, chosen, items, seed=seed,
+                progress=lambda step: show(step.done / step.total, f"loss {step.loss:.3f}"),
+            )  # fmt: skip
+    except (ImportError, ValueError) as error:
+        _fail(error)
+    _save(plot, lambda: shape_tasks.draw(model, run, chosen).savefig(plot))
+    said = shape_tasks.describe(run)
+    if as_json:
+        _print_json({"task": chosen._asdict(), "seconds": run.seconds, "score": run.score._asdict()})
+    else:
+        threads = torch.get_num_threads()
+        steps = f"{len(run.losses)} steps of {chosen.batch} images"
+        out.print(f"{said} on {shape_tasks.TEST_IMAGES} test images, {run.seconds:.0f} s, {steps}, {threads} threads")
+    if not shape_tasks.score_of(run) >= chosen.target:
+        _fail(f"{said}: expected at least {chosen.target}", status=1)
 
 
 # ---- classify
