@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_fused import ssdlite
+from mnv2_fused.network import Conv2dSame
 from mnv2_fused.ssdlite import (
     DefaultBoxGenerator,
     SSDLite,
@@ -184,6 +185,13 @@ def test_layers() -> None:
     assert describe(dense.head["classification_head"][0]) == ["3x3 576-243 /1 s1 + bias"]
 
 
+@pytest.mark.parametrize("use_depthwise", [True, False], ids=["ssdlite", "ssd"])
+def test_padding_of_tensorflow(use_depthwise: bool) -> None:
+    model = small(padding="same", use_depthwise=use_depthwise)
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    assert len(strided) == 5 + 4 and all(type(m) is Conv2dSame for m in strided)
+
+
 def test_initialisation() -> None:
     model = SSDLite()
     for conv in (m for part in (model.extra, model.head) for m in part.modules() if isinstance(m, nn.Conv2d)):
@@ -247,8 +255,9 @@ def test_first_and_last_anchor_of_the_paper() -> None:
     torch.testing.assert_close(wide, torch.tensor([64 * 2**0.5, 64 / 2**0.5]))  # x, y: twice as wide as high
 
 
-def test_anchors_are_kept_and_not_without_end() -> None:
-    generator = DefaultBoxGenerator()
+@pytest.mark.parametrize("arrangement", ["paper", "torchvision"])
+def test_anchors_are_kept_and_not_without_end(arrangement: str) -> None:
+    generator = DefaultBoxGenerator(arrangement)
     with torch.inference_mode():
         first = generator((320, 320), GRIDS_320)
     assert generator((320, 320), GRIDS_320) is first and not first.is_inference()
@@ -503,7 +512,7 @@ def slow_detections(
         dict(),
         dict(score_thresh=0.3, detections_per_img=2),
         dict(topk_candidates=3, nms_thresh=0.2),
-        dict(score_thresh=0.0, detections_per_img=20, nms_thresh=0.05, topk_candidates=10_000),
+        dict(score_thresh=0.0, detections_per_img=20, nms_thresh=0.0, topk_candidates=10_000),
     ],
     ids=str,
 )
@@ -544,6 +553,15 @@ def test_heads_that_say_nothing_detect_the_anchors(arrangement: str) -> None:
         assert (detections["scores"] == 0.5).all() and (detections["labels"] == 1).all()
     model.score_thresh = 0.5  # which is not above itself
     assert len(model(torch.rand(1, 3, 64, 96))[0]["boxes"]) == 0
+
+
+def test_detections_behind_many_of_one_box() -> None:
+    """Where the best candidates are all of one place, those after them are found as well."""
+    model = small(num_classes=2, detections_per_img=3, topk_candidates=1000)
+    anchors = torch.tensor([[0.0, 0, 30, 30]] * 500 + [[32.0, 0, 62, 30], [0, 32, 30, 62], [32, 32, 62, 62]])
+    logits = torch.stack([torch.zeros(503), -torch.arange(503) / 100], 1)
+    (found,) = model.postprocess_detections(torch.zeros(1, 503, 4), logits[None], anchors, [(64, 64)])
+    torch.testing.assert_close(found["boxes"], anchors[[0, 500, 501]])
 
 
 def test_training_finds_a_box() -> None:
@@ -604,6 +622,28 @@ def test_fused_is_unfused(size: int, options: dict[str, Any]) -> None:
     assert not ran.ops and model.unfused(x) == {"": "the attribute `fused` is False"}
     for ours, theirs in zip(found, right, strict=True):
         assert error(ours, theirs) < TOLERANCE
+
+
+@torch.no_grad()
+def test_exported() -> None:
+    """From normalised images to boxes and scores, without our ops; what was traced does not stay in the model."""
+    model, x = settled(), torch.randn(2, 3, 64, 64)
+
+    class Exported(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            maps = model.forward_maps(x)
+            codes, logits = model.forward_head(maps)
+            anchors = model.anchor_generator(model.size, [tuple(m.shape[2:]) for m in maps])
+            return decode_boxes(codes, anchors), logits.softmax(-1)
+
+    program = torch.export.export(Exported(), (x,), strict=False)
+    assert not [node for node in program.graph.nodes if "mnv2_fused" in str(node.target)]
+    for found, right in zip(program.module()(x), Exported()(x), strict=True):
+        assert type(right) is Tensor and error(found, right) < TOLERANCE
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
