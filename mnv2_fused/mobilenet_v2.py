@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import network, training
 from .network import Conv2dSame, FusedChain, Stage
@@ -373,7 +374,7 @@ class MobileNet(nn.Module):
         """Consecutive parts of the features: as one op, or each as one, or layer by layer."""
         if not units:
             return x
-        if self.fused:
+        if self.fused and not is_compiling():  # the compiler sees blocks, and cannot make a chain
             if units not in self._chains:
                 self._chains[units] = FusedChain(("features",), partial(_describe_units, units))
             y = self._chains[units](self, x)

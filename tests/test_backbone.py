@@ -484,9 +484,10 @@ def test_copies_and_state() -> None:
 def test_compiled() -> None:
     """A features_only model in training, without a graph break, with the same gradients."""
     setting = [(1, 8, 1, 1), (6, 8, 2, 2), (6, 16, 1, 2)]
-    model = settled_maps(inverted_residual_setting=setting, padding="same", output_stride=4).double().train()
-    x = images(2, 18, 21).double()
-    compiled = copy.deepcopy(model)
+    options = dict(inverted_residual_setting=setting, width_mult=0.35, padding="same", output_stride=4)
+    model, x = settled_maps(**options).double().train(), images(2, 18, 21).double()
+    compiled = MobileNetV2(features_only=True, **options).double()  # not called before
+    compiled.load_state_dict(model.state_dict())
     truth = gradients(model, model(x))
     torch._dynamo.reset()
     found = gradients(compiled, torch.compile(compiled, backend="aot_eager", fullgraph=True)(x))
