@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from .deeplab import DeepLabV3
-from .mobilenet_v1 import MobileNetV1
+from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
 from .ops import empty_cache, inverted_residual, kernels, selected_kernel
 from .ssdlite import SSDLite
@@ -17,6 +17,7 @@ __all__ = [
     "empty_cache",
     "inverted_residual",
     "kernels",
+    "mobilenet_v1",
     "mobilenet_v2",
     "selected_kernel",
 ]

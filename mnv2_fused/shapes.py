@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "detection": Task("detection", 0.5, 160, 4000, 24, 32, 2e-3, 0.80),
+    "detection": Task("detection", 0.5, 128, 3000, 16, 32, 4e-3, 0.80),
     "segmentation": Task("segmentation", 0.35, 160, 2000, 20, 32, 4e-3, 0.85),
 }
 TEST_IMAGES = 400

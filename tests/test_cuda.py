@@ -299,8 +299,8 @@ def test_ops_fakes_beside_float32_parameters(emulated_device: None, dtype: torch
     torch.library.opcheck(torch.ops.mnv2_fused.block_train, arguments, test_utils=test_utils)
 
 
-@pytest.fixture
-def gpu() -> None:
+@pytest.fixture(params=["device"])
+def gpu(request: pytest.FixtureRequest) -> None:
     if reason := ops.why_no_cuda():
         pytest.skip(f"no GPU: {reason}")
 
