@@ -160,7 +160,7 @@ def score_of(run: Run) -> float:
     return run.score.at_50 if isinstance(run.score, Precision) else run.score.mean
 
 
-def draw(model: SSDLite | DeepLabV3, run: Run, task: Task, count: int = 8, least: float = 0.5) -> Figure:
+def draw(model: SSDLite | DeepLabV3, run: Run, task: Task, count: int = 8, least: float = 0.3) -> Figure:
     """Test images with what the model makes of them, and the losses."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
