@@ -1,4 +1,4 @@
-"""The command `mnv2-fused`: info, bench, tables, ablate, shapes, classify, demo.
+"""The command `mnv2-fused`: info, bench, tables, ablate, shapes, classify, detect, segment, demo.
 
 Results go to stdout, remarks and errors to stderr.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import numpy as np
+import safetensors.torch
 import torch
 import typer
 from PIL import Image
@@ -30,10 +31,18 @@ from rich.text import Text
 
 import mnv2_fused
 
-from . import _C, ablations, benchmark, digits, images
+from . import _C, ablations, annotate, benchmark, digits, images
 from . import shapes as shape_tasks
 from . import tables as paper
-from .weights import TORCHVISION_URL, WeightsError, infer_architecture, load_model, random_model
+from .weights import (
+    TORCHVISION_URL,
+    WeightsError,
+    infer_architecture,
+    load_detector,
+    load_model,
+    load_segmenter,
+    random_model,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -376,6 +385,9 @@ def shapes(
     plot: Annotated[Path, typer.Option(metavar="FILE", help="Where the plot goes: .png, .svg or .pdf.")] = Path(
         "shapes.png"
     ),
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the trained weights: .safetensors.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a detector or a segmenter from scratch on generated shapes, on this CPU, in minutes.
@@ -387,6 +399,8 @@ def shapes(
     chosen = chosen._replace(epochs=epochs or chosen.epochs, images=count or chosen.images)
     _check_plot(plot)
     _check_kernel()
+    if save and (save.suffix != ".safetensors" or not save.parent.is_dir()):
+        _fail(f"--save {save}: expected a file name like shapes.safetensors, in a folder that exists")
     model = shape_tasks.network(chosen, seed)
     model.fused = fused
     try:
@@ -399,6 +413,9 @@ def shapes(
     except (ImportError, ValueError) as error:
         _fail(error)
     _save(plot, lambda: shape_tasks.draw(model, run, chosen).savefig(plot))
+    if save:
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        _save(save, lambda: safetensors.torch.save_file(state, save))
     said = shape_tasks.describe(run)
     if as_json:
         _print_json({"task": chosen._asdict(), "seconds": run.seconds, "score": run.score._asdict()})
@@ -571,6 +588,123 @@ def _print_top(results: list[dict[str, Any]]) -> None:
         for top in result["top"]:
             label = f"  {_printable(top['label'])}" if top["label"] is not None else ""
             out.print(Text(f"  {top['probability']:6.1%}  class {top['class']}{label}"), soft_wrap=True)
+
+
+# ---- detect, segment
+
+PicturesArgument = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Pictures, and folders of pictures.")
+]
+WeightsOption = Annotated[str, typer.Option(metavar="FILE", help="A .pth, .pt or .safetensors state dict.")]
+NamesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Class names, one per line, the background's first; without it numbers."),
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="FOLDER", help="Where the annotated pictures go, as PNG; made where missing.")
+]
+RecursiveOption = Annotated[bool, typer.Option("--recursive", "-r", help="Search folders inside folders too.")]
+
+
+@app.command()
+def detect(
+    paths: PicturesArgument,
+    weights: WeightsOption,
+    labels: NamesOption = None,
+    folder: OutOption = Path("annotated"),
+    score: Annotated[float, typer.Option(min=0, max=1, help="The least that is shown.")] = 0.3,
+    size: Annotated[int, typer.Option(min=1, max=4096, help="Side to which SSDLite resizes a picture.")] = 320,
+    as_json: JsonOption = False,
+    recursive: RecursiveOption = False,
+) -> None:
+    """Which objects are where on these pictures, by an SSDLite; writes the pictures with their boxes.
+
+    Pictures that cannot be read are reported on stderr and skipped; the exit status is then 1.
+    """
+    try:
+        model = load_detector(weights, (size, size))
+    except WeightsError as error:
+        _fail(error)
+    names = _read_labels(labels, model.num_classes) if labels else None
+
+    def line(found: dict[str, Any]) -> str:
+        return f"{found['name']} {found['score']:.2f} at " + ", ".join(f"{value:.0f}" for value in found["box"])
+
+    _annotate(paths, recursive, folder, as_json, lambda picture: annotate.detect(model, picture, names, score), line)
+
+
+@app.command()
+def segment(
+    paths: PicturesArgument,
+    weights: WeightsOption,
+    labels: NamesOption = None,
+    folder: OutOption = Path("annotated"),
+    output_stride: Annotated[int, typer.Option(help="Of the DeepLabv3: 16, 8 or 32.")] = 16,
+    as_json: JsonOption = False,
+    recursive: RecursiveOption = False,
+) -> None:
+    """What these pictures are made of, by a DeepLabv3; writes the pictures with each class in its colour.
+
+    Pictures are seen at their own size. Those that cannot be read are reported on stderr and skipped; the exit status
+    is then 1.
+    """
+    try:
+        model = load_segmenter(weights, output_stride)
+    except WeightsError as error:
+        _fail(error)
+    names = _read_labels(labels, model.num_classes) if labels else None
+
+    def line(found: dict[str, Any]) -> str:
+        return f"{found['name']} {found['share']:.1%}"
+
+    _annotate(paths, recursive, folder, as_json, lambda picture: annotate.segment(model, picture, names), line)
+
+
+def _annotate(
+    paths: list[Path],
+    recursive: bool,
+    folder: Path,
+    as_json: bool,
+    find: Callable[[Image.Image], tuple[list[dict[str, Any]], Image.Image]],
+    line: Callable[[dict[str, Any]], str],
+) -> None:
+    _check_kernel()
+    files = _find(paths, recursive)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"cannot make {folder} ({error})")
+    results: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    written: set[str] = set()
+    with _progress("looking", len(files), MofNCompleteColumn(), TimeRemainingColumn()) as show:
+        for path in files:
+            try:
+                found, drawn = find(images.read_image(path))
+            except images.ImageError as error:
+                _note(f"skipped {path}: {error}")
+                skipped.append({"path": str(path), "error": str(error)})
+                continue
+            name, number = path.stem, 1
+            while name in written:  # the same name in another folder, or with another suffix
+                name, number = f"{path.stem}-{number}", number + 1
+            written.add(name)
+            target = folder / f"{name}.png"
+            try:
+                drawn.save(target)
+            except OSError as error:
+                _fail(f"cannot write {target} ({error})", status=1)
+            results.append({"path": str(path), "annotated": str(target), "found": found})
+            show(len(results) + len(skipped))
+    if as_json:
+        _print_json({"results": results, "skipped": skipped})
+    else:
+        for result in results:
+            out.print(Text(_printable(result["path"]), style="bold"), soft_wrap=True)
+            for found in result["found"]:
+                out.print(Text("  " + _printable(line(found))), soft_wrap=True)
+    if skipped:
+        _fail(f"{len(skipped)} of {len(files)} pictures skipped", status=1)
 
 
 # ---- demo

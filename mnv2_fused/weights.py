@@ -1,4 +1,4 @@
-"""Weights from untrusted files into a MobileNetV2: nothing in the file is executed, size and shapes are checked."""
+"""Weights from untrusted files into our networks: nothing in the file is executed, size and shapes are checked."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import socket
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .deeplab import DeepLabV3
 from .mobilenet_v2 import HEAD_CHANNELS, INVERTED_RESIDUAL_SETTING, STEM_CHANNELS, MobileNetV2, make_divisible
+from .ssdlite import SSDLite
 
 MAX_BYTES = 2 << 30
 
@@ -157,19 +160,27 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, int | floa
         raise WeightsError(f"no width multiplier gives the channels {channels} (stem, stages, features)")
     with torch.device("meta"):
         expected = MobileNetV2(**found).state_dict()
+    _check_shapes(state_dict, expected, found["width_mult"])
+    return found
+
+
+def _check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], width_mult: float) -> None:
     mismatched = [
         f"{key} {tuple(value.shape)} (expected {tuple(expected[key].shape)})"
         for key, value in state_dict.items()
         if value.shape != expected[key].shape
     ]
     if mismatched:
-        raise WeightsError(f"shapes that do not fit width {found['width_mult']}: {_listing(mismatched)}")
-    return found
+        raise WeightsError(f"shapes that do not fit width {width_mult}: {_listing(mismatched)}")
 
 
-def _check_keys(state_dict: Mapping[str, Tensor]) -> None:
+def _check_keys(
+    state_dict: Mapping[str, Tensor],
+    make: Callable[[], nn.Module] = MobileNetV2,
+    what: str = "MobileNetV2 in torchvision's layout",
+) -> None:
     with torch.device("meta"):
-        expected = MobileNetV2().state_dict()
+        expected = make().state_dict()
     # PyTorch itself fills in this counter, which many files leave out; inference does not use it.
     missing = [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state_dict if key not in expected]
@@ -181,7 +192,7 @@ def _check_keys(state_dict: Mapping[str, Tensor]) -> None:
         if not value.is_floating_point() and not key.endswith("num_batches_tracked")
     ][:1]
     if problems:
-        raise WeightsError("not MobileNetV2 in torchvision's layout: " + "; ".join(problems))
+        raise WeightsError(f"not {what}: " + "; ".join(problems))
 
 
 def _listing(names: list[str], limit: int = 5) -> str:
@@ -242,8 +253,79 @@ def load_model(weights: str | os.PathLike) -> MobileNetV2:
         model = MobileNetV2(**infer_architecture(state_dict))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
+    return _filled(model, state_dict, path)
+
+
+def _filled(model: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> Any:
     model.load_state_dict(state_dict)
     for key, value in model.state_dict().items():
         if not value.isfinite().all():
             raise WeightsError(f"{path}: {key} holds values that are not finite in float32")
     return model.eval()
+
+
+def load_detector(path: str | os.PathLike, size: tuple[int, int] = (320, 320)) -> SSDLite:
+    """The SSDLite, float32 and in eval mode, whose state dict is in the file; `size` is not in it.
+
+    Classes, width and the arrangement of anchors are read off the shapes. Raises WeightsError.
+    """
+    return _load_on_backbone(path, _detectors, partial(SSDLite, size=size), "an SSDLite")
+
+
+def load_segmenter(path: str | os.PathLike, output_stride: int = 16) -> DeepLabV3:
+    """The DeepLabV3, float32 and in eval mode, whose state dict is in the file; its output stride is not in it.
+
+    Classes, width and whether it has ASPP are read off the shapes. Raises WeightsError.
+    """
+    return _load_on_backbone(path, _segmenters, partial(DeepLabV3, output_stride=output_stride), "a DeepLabV3")
+
+
+def _detectors(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    counts = [state_dict[f"head.{name}_head.0.conv.1.bias"].numel() for name in ("regression", "classification")]
+    anchors = counts[0] // 4
+    if anchors not in (3, 6) or counts[1] % anchors:
+        raise WeightsError(f"{counts} outputs of the first heads are those of no arrangement of anchors")
+    return {"num_classes": counts[1] // anchors, "anchors": "paper" if anchors == 3 else "torchvision"}
+
+
+def _segmenters(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    with torch.device("meta"):
+        plain = DeepLabV3().state_dict()
+    return {"num_classes": state_dict["classifier.logits.weight"].shape[0], "aspp": len(state_dict) > len(plain)}
+
+
+def _load_on_backbone(
+    path: str | os.PathLike,
+    infer: Callable[[Mapping[str, Tensor]], dict[str, Any]],
+    make: Callable[..., nn.Module],
+    what: str,
+) -> Any:
+    path = Path(path)
+    state_dict = read_state_dict(path)
+    try:
+        try:
+            found = infer(state_dict)
+            backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
+            channels = (backbone["features.0.0.weight"].shape[0], *_stage_channels(backbone))
+        except (KeyError, IndexError, ValueError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            _check_keys(state_dict, make, what)
+            raise WeightsError(f"not {what}") from error
+        widths = [width for width in WIDTHS if _channels(width)[:-1] == channels]
+        if not widths:
+            raise WeightsError(f"no width multiplier gives the channels {channels} (stem, stages)")
+        for width in widths:  # the layers beside the backbone may tell widths of the same channels apart
+            with torch.device("meta"):
+                expected = make(width_mult=width, **found).state_dict()
+            if all(key in expected and expected[key].shape == value.shape for key, value in state_dict.items()):
+                break
+        else:
+            width = widths[0]
+        make = partial(make, width_mult=width, **found)
+        _check_keys(state_dict, make, what)
+        with torch.device("meta"):
+            _check_shapes(state_dict, make().state_dict(), width)
+    except ValueError as error:  # of ours, or a network's own: no class but the background
+        raise WeightsError(f"{path}: {error}") from None
+    return _filled(make(), state_dict, path)

@@ -870,7 +870,7 @@ def test_bad_targets_are_named(targets: Any, error: type[Exception], message: st
         ([torch.zeros(3, 8, 8, dtype=torch.uint8)], TypeError, "torch.uint8 for image 0"),
         ([torch.rand(3, 8, 8), "cat.jpg"], TypeError, "str'> for image 1"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_bad_images_are_named(images: Any, error: type[Exception], message: str, training: bool) -> None:
