@@ -314,7 +314,7 @@ def tables(
     found = [paper.classification(), paper.largest_maps(), paper.detection(), paper.segmentation()]
     if memory:
         with _progress("memory", None) as show:
-            found += paper.memory(batch, progress=lambda name: show(0, name))
+            found += [paper.memory(of, batch, lambda name: show(0, name)) for of in ("block", "network")]
     if as_json:
         _print_json([table._asdict() for table in found])
     elif as_markdown:

@@ -173,31 +173,29 @@ def peak_activations(call: Callable[[], object]) -> int | None:
     return grown
 
 
-def memory(batch: int, progress: Callable[[str], None] = lambda name: None) -> list[Table]:
-    """Peak memory of the activations, results included, fused and not: of every block, and of whole networks."""
-    title = "Peak memory of activations in MB (10^6 bytes), float32, {}, as measured"
-    columns = ("", "fused", "layer by layer", "ratio")
-    tables = []
-    for of, cases in (
-        (f"by block of MobileNetV2 1.0/224, batch {batch}", _blocks(batch)),
-        (f"by network, batch {batch}", _networks(batch)),
-    ):
-        rows = []
-        for name, module, call in cases:
-            progress(name)
-            found = []
-            for fused in (True, False):
-                for part in module.modules():
-                    if hasattr(part, "fused"):
-                        part.fused = fused
-                gc.collect()
-                peak = peak_activations(call)
-                found.append(None if peak is None else peak / 1e6)
-            ratio = None if None in found else found[1] / max(found[0], 0.1)
-            rows.append((name, *found, ratio))
-        note = "By the process's resident memory; its noise is some 0.1 MB."
-        tables.append(Table(title.format(of), columns, rows, note, ("fused", "layer by layer")))
-    return tables
+def memory(of: str, batch: int, progress: Callable[[str], None] = lambda name: None) -> Table:
+    """Peak memory of the activations, results included, fused and not, of every block or of whole networks.
+
+    Args:
+        of: "block" or "network".
+        batch: images; of SSDLite and DeepLabv3 an eighth.
+        progress: told what is measured next.
+    """
+    rows = []
+    for name, module, call in _blocks(batch) if of == "block" else _networks(batch):
+        progress(name)
+        found = []
+        for fused in (True, False):
+            for part in module.modules():
+                if hasattr(part, "fused"):
+                    part.fused = fused
+            gc.collect()
+            peak = peak_activations(call)
+            found.append(None if peak is None else peak / 1e6)
+        rows.append((name, *found, None if None in found else found[1] / max(found[0], 0.1)))
+    title = f"Peak memory of activations by {of}, in MB (10^6 bytes), float32, batch {batch}, as measured"
+    note = "By the process's resident memory; its noise is some 0.1 MB."
+    return Table(title, ("", "fused", "layer by layer", "ratio"), rows, note, ("fused", "layer by layer"))
 
 
 def _blocks(batch: int) -> Iterator[tuple[str, nn.Module, Callable[[], object]]]:

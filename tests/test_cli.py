@@ -301,6 +301,7 @@ def test_demo_digits(tmp_path):
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 100  # digits, not a blank
 
 
+@pytest.mark.exhaustive  # a minute on one core
 def test_demo_digits_compared_and_too_short(tmp_path):
     result = run("demo", "digits", "--compare", "--epochs", 1, "--seed", 3, "--plot", tmp_path / "demo.svg", status=1)
     assert "fused and plain training agree: over the first 21 steps" in result.stdout

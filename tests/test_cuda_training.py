@@ -165,8 +165,15 @@ def check_gradients(call: Op, block: Block, kind: str) -> None:
     check(square, d.var((0, 2, 3), correction=0) * d[:, 0].numel(), kind, (block, "deviations of d"))
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("block", NETWORK, ids=lambda block: block.id)
+@pytest.mark.parametrize(
+    ("block", "kind"),
+    [  # the widest take seconds each
+        pytest.param(block, kind, id=f"{block.id}-{kind}", marks=[pytest.mark.exhaustive] if slow else [])
+        for block in NETWORK
+        for kind in TYPES
+        for slow in [block.hidden_channels > 600 and kind not in ("float16", "float32")]
+    ],
+)
 def test_gradients_of_the_networks_blocks(call: Op, block: Block, kind: str) -> None:
     check_gradients(call, block, kind)
 
