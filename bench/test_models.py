@@ -48,7 +48,7 @@ def test_model(case: tuple, runner: str, force: Callable, measure: Callable) -> 
         way = FUSED
     else:
         way = PEERS[runner]
-    if reason := way.missing():
+    if reason := way.missing(model):
         pytest.skip(f"{runner} {reason}")
     x = way.input(images)
     call = way.prepare(model, x, torch.get_num_threads())

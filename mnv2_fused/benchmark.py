@@ -20,20 +20,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _C, __version__
-from .mobilenet_v2 import MobileNetV2
 from .ops import kernels, selected_kernel
 from .peers import Runner
-from .tasks import Inference, Training
+from .tasks import NETWORKS, Inference, Training
 from .weights import random_model
 
 if TYPE_CHECKING:
@@ -55,20 +54,21 @@ class Options:
         batch: images per call, or per step of training.
         threads: of every runner; None is torch's number of threads.
         width: the factor on the network's widths.
-        resolution: height and width of the images in pixels.
+        resolution: height and width of the images in pixels; None is the network's own.
         kernel: the row of the kernel table that the fused network uses; None leaves the choice to it.
         peers: also those of onnxruntime, openvino, litert and ncnn that are installed.
         runners: names from peers.RUNNERS, or TRAINERS, instead: exactly these.
         seconds: time spent in rounds, at least; start-up and verification come on top.
         rounds: each runner has at least so many turns.
         memory: also measure the memory, which takes a second process per runner.
-        train: a step of training instead of inference; there are no peers for that.
+        train: a step of training of MobileNetV2 instead of inference; there are no peers for that.
+        network: one of tasks.NETWORKS.
     """
 
     batch: int = 1
     threads: int | None = None
     width: float = 1.0
-    resolution: int = 224
+    resolution: int | None = None
     kernel: str | None = None
     peers: bool = False
     runners: tuple[str, ...] | None = None
@@ -76,12 +76,17 @@ class Options:
     rounds: int = 5
     memory: bool = True
     train: bool = False
+    network: str = "mobilenet_v2"
 
     @property
     def task(self) -> type[Inference] | type[Training]:
         return Training if self.train else Inference
 
     def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise ValueError(f"network must be one of {list(NETWORKS)}, got {self.network!r}")
+        if self.resolution is None:
+            object.__setattr__(self, "resolution", NETWORKS[self.network].resolution)
         for name in ("batch", "threads", "resolution", "rounds"):
             value = getattr(self, name)
             if (value is not None or name != "threads") and (not isinstance(value, int) or value < 1):
@@ -90,6 +95,8 @@ class Options:
             raise ValueError(f"width must be above 0 and seconds not below 0, got {self.width} and {self.seconds}")
         if self.train and self.peers:
             raise ValueError("train and peers exclude each other: the other runtimes do inference only")
+        if self.train and self.network != "mobilenet_v2":
+            raise ValueError(f"train is of mobilenet_v2 only, got {self.network}")
         smallest = math.ceil(self.resolution / 32) ** 2
         if self.train and self.batch * smallest < 2:
             what = f"batch {self.batch} at {self.resolution}x{self.resolution}"
@@ -109,8 +116,8 @@ class Row:
     Attributes:
         name, version: of the runner.
         error: why it was not timed; "" when it was.
-        relative_error: |logits - exact| / |exact|, exact being the plain composition in float64; of training the median
-            of it over the gradients of one step; its loss and running statistics are within tasks.TOLERANCE.
+        relative_error: |results - exact| / |exact|, exact being the plain composition in float64; of training the
+            median of it over the gradients of one step; its loss and running statistics are within tasks.TOLERANCE.
         ms, q1_ms, q3_ms: median and quartiles over all calls, in milliseconds per image.
         calls: how many were timed.
         slower: how many times the fused network's time it takes.
@@ -159,7 +166,7 @@ class Result:
             with its vectors in registers (10^9 a second): the median of one measurement in each round. Not measured
             where macs is None.
         rounds: turns that each runner had.
-        not_installed: peers that were asked for and are not here, and what to install.
+        left_out: peers that were asked for and are not here, and why, or what to install.
     """
 
     options: Options
@@ -168,7 +175,7 @@ class Result:
     peak_kernel: str
     peak_gmacs: float | None = None
     rounds: int = 0
-    not_installed: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Row:
         """The row of the runner of this name."""
@@ -178,7 +185,8 @@ class Result:
     def title(self) -> str:
         o = self.options
         threads = "1 thread" if o.threads == 1 else f"{o.threads} threads"
-        return f"MobileNetV2 {o.width}/{o.resolution}, float32, batch {o.batch}, {threads}{o.task.title}"
+        name = NETWORKS[o.network].title
+        return f"{name} {o.width}/{o.resolution}, float32, batch {o.batch}, {threads}{o.task.title}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON, with the machine and the versions; it holds no date and no paths."""
@@ -191,7 +199,7 @@ class Result:
             "fma_peak": {"kernel": self.peak_kernel, "gmacs": self.peak_gmacs},
             "rounds": self.rounds,
             "rows": [asdict(row) for row in self.rows],
-            "not_installed": self.not_installed,
+            "left_out": self.left_out,
         }
 
     def table(self) -> Table:
@@ -202,7 +210,7 @@ class Result:
         cpu = _C.cpu_name().strip()
         if self.peak_gmacs:
             cpu += f", FMA peak {self.peak_gmacs:.1f} GMAC/s ({self.peak_kernel}, measured alongside)"
-        notes = "".join(f"\n{name} {reason}" for name, reason in self.not_installed.items())
+        notes = "".join(f"\n{name} {reason}" for name, reason in self.left_out.items())
         notes += "".join(f"\n{row.name}: {row.remark}" for row in self.rows if row.remark)
         if any(row.ms and row.q3_ms > SPREAD * row.q1_ms for row in self.rows):
             notes += "\nThe times spread widely: something else is using this machine. Measure again when it is idle."
@@ -256,7 +264,7 @@ class Result:
 
 def run(
     options: Options = Options(),  # noqa: B008  (it is frozen)
-    model: MobileNetV2 | None = None,
+    model: nn.Module | None = None,
     images: Tensor | None = None,
     progress: Progress = lambda fraction, description: None,
 ) -> Result:
@@ -266,8 +274,8 @@ def run(
     no times.
 
     Args:
-        options: see Options; with `model` given, `width` is only shown.
-        model: in eval mode, float32; by default a MobileNetV2 with seeded random weights. Training takes a copy of it.
+        options: see Options; with `model` given, `network` and `width` are only shown.
+        model: in eval mode, float32; by default the network with seeded random weights. Training takes a copy of it.
         images: [batch, channels, resolution, resolution], float32; random by default.
         progress: called as (fraction done, what is being done).
 
@@ -275,22 +283,25 @@ def run(
         ValueError: images of another shape, or a kernel that this CPU does not support.
     """
     options = _complete(options)
-    shape = (options.batch, model.in_channels if model else 3, options.resolution, options.resolution)
+    shape = (options.batch, getattr(model, "in_channels", 3), options.resolution, options.resolution)
     generator = torch.Generator().manual_seed(0)
     if images is None:
         images = torch.randn(shape, generator=generator)
     if images.shape != shape or images.dtype != torch.float32:
         raise ValueError(f"images must be float32 {list(shape)}, got {images.dtype} {list(images.shape)}")
     if model is None:
-        model = random_model(torch.randn(8, 3, 64, 64, generator=generator), width_mult=options.width)
+        network = NETWORKS[options.network]
+        side = network.resolution // 2  # large enough for statistics of its smallest maps
+        like = torch.randn(8, 3, side, side, generator=generator)
+        model = random_model(like, network=network.make, width_mult=options.width)
 
     task = options.task
     model, batch = task.inputs(model, images)
     wanted = [
         r for r in task.runners if (r.name in options.runners if options.runners else options.peers or not r.packages)
     ]
-    not_installed = {runner.name: reason for runner in wanted if (reason := runner.missing())}
-    runners = [runner for runner in wanted if runner.name not in not_installed]
+    left_out = {runner.name: reason for runner in wanted if (reason := runner.missing(model))}
+    runners = [runner for runner in wanted if runner.name not in left_out]
     rows = [Row(runner.name, _version(runner, options), remark=runner.remark) for runner in runners]
 
     with _workers(runners, options, model, batch) as (workers, spares):
@@ -301,7 +312,7 @@ def run(
                 row.error = spares[i].error()
         progress(0.3, "computing exactly")
         expected, macs = task.exact(model, batch)
-        result = Result(options, rows, macs, best_kernel(), not_installed=not_installed)
+        result = Result(options, rows, macs, best_kernel(), left_out=left_out)
         for i, row in enumerate(rows):
             progress(0.35 + 0.1 * i / len(rows), f"verifying {row.name}")
             if not row.error:
@@ -321,10 +332,8 @@ def _complete(options: Options) -> Options:
     supported = {kernel.name: kernel for kernel in kernels()}
     if options.kernel and not supported[options.kernel].supported:
         raise ValueError(f"kernel {options.kernel} cannot run here: {supported[options.kernel].reason}")
-    values = {name: getattr(options, name) for name in options.__dataclass_fields__}
-    values["threads"] = options.threads or torch.get_num_threads()
-    values["kernel"] = options.kernel or selected_kernel()
-    return Options(**values)
+    threads, kernel = options.threads or torch.get_num_threads(), options.kernel or selected_kernel()
+    return replace(options, threads=threads, kernel=kernel)
 
 
 def _version(runner: Runner, options: Options) -> str:
@@ -440,7 +449,7 @@ class Worker:
 
 @contextmanager
 def _workers(
-    runners: list[Runner], options: Options, model: MobileNetV2, batch: tuple[Tensor, ...]
+    runners: list[Runner], options: Options, model: nn.Module, batch: tuple[Tensor, ...]
 ) -> Iterator[tuple[list[Worker], list[Worker]]]:
     """A worker for each runner; and a spare one, by which its memory is measured."""
     workers: list[Worker] = []

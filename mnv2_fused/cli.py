@@ -34,6 +34,7 @@ import mnv2_fused
 from . import _C, ablations, annotate, benchmark, digits, images
 from . import shapes as shape_tasks
 from . import tables as paper
+from .tasks import NETWORKS
 from .weights import (
     TORCHVISION_URL,
     WeightsError,
@@ -221,8 +222,13 @@ def bench(
         int | None, typer.Option(min=1, show_default="1; with --train 32", help="Images per call, or step.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, show_default="torch's", help="Threads of each runner.")] = None,
+    network: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Which network: {', '.join(NETWORKS)}.")
+    ] = "mobilenet_v2",
     width: Annotated[float, typer.Option(min=0.05, max=10, help="Width multiplier of the network.")] = 1.0,
-    resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, show_default="the network's own", help="Height and width of the images.")
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(metavar="NAME", show_default="the best", help="Kernel to run, as info lists them.")
     ] = None,
@@ -254,6 +260,7 @@ def bench(
         options = benchmark.Options(
             batch=batch or (32 if train else 1),
             threads=threads,
+            network=network,
             width=width,
             resolution=resolution,
             kernel=kernel,

@@ -2,15 +2,18 @@
 
 For training it is the fused network against PyTorch in four ways.
 
-The graphs for the other runtimes are written here, operator by operator, from one list of layers: no exporter or
-converter comes between, so each computes the same multiply-adds, in float32. What is done with a runner is tasks.py.
+MobileNetV2's graphs for the other runtimes are written here, operator by operator, from one list of layers: no exporter
+or converter comes between, so each computes the same multiply-adds, in float32. ONNX files of other networks are
+torch.onnx's, of the plain modules. What is done with a runner is tasks.py.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,28 +34,32 @@ class Runner(NamedTuple):
 
     Attributes:
         name: as `bench` shows it.
-        prepare: (model in eval mode, example [N, C, H, W] float32, threads) -> a function of such an x that returns the
-            logits [N, num_classes] as a tensor or an array. The function is made for the example's shape, leaves the
-            model as it is, and may set torch's number of threads, which is one for the whole process.
+        prepare: (model in eval mode, example [N, C, H, W] float32, threads) -> a function of such an x that returns
+            what the model does, a tensor or several, as tensors or arrays. The function is made for the example's
+            shape, leaves the model as it is, and may set torch's number of threads, which is one for the whole process.
             Among TRAINERS the model is in training mode and is the one to train: the logits have gradients to its
             parameters, and its memory format and `fused` are set as this way wants them.
         packages: the distributions that it needs beside torch; empty for PyTorch itself.
         channels_last: the memory format of x that it takes without a conversion.
         recomputes: backward runs the blocks once more, in training mode, and so updates their running statistics again.
         compiles: the first call with a shape compiles for it.
+        chains_only: the graph that it is fed can describe a MobileNetV2, and no network with several outputs.
         remark: what a reader of its results should know.
     """
 
     name: str
-    prepare: Callable[[MobileNetV2, Tensor, int], Call]
+    prepare: Callable[[nn.Module, Tensor, int], Call]
     packages: tuple[str, ...] = ()
     channels_last: bool = False
     recomputes: bool = False
     compiles: bool = False
+    chains_only: bool = False
     remark: str = ""
 
-    def missing(self) -> str:
-        """Which packages are not installed and how to get them; "" when the runner can be prepared."""
+    def missing(self, model: nn.Module) -> str:
+        """Why the runner cannot be prepared for the model: packages to get, or that it has no graph; "" if it can."""
+        if self.chains_only and not isinstance(model, MobileNetV2):
+            return "is left out: its graph is written here for MobileNetV2 alone"
         absent = [name for name in self.packages if importlib.util.find_spec(name.replace("-", "_")) is None]
         return f"not installed: pip install {' '.join(absent)}" if absent else ""
 
@@ -64,31 +71,31 @@ class Runner(NamedTuple):
 # ---- PyTorch
 
 
-def _fused(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _fused(model: nn.Module, example: Tensor, threads: int) -> Call:
     torch.set_num_threads(threads)
     with torch.no_grad():
-        if reason := model.why_not_fused(example):
-            raise RuntimeError(f"the model would not run fused: {reason}")
+        if reasons := model.unfused(example):
+            raise RuntimeError(f"the model would not run fused: {reasons}")
     return torch.no_grad()(model)
 
 
-def _plain(model: MobileNetV2, threads: int) -> MobileNetV2:
+def _plain(model: nn.Module, threads: int) -> nn.Module:
     torch.set_num_threads(threads)
     plain = copy.deepcopy(model)
     plain.fused = False
     return plain
 
 
-def _eager(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _eager(model: nn.Module, example: Tensor, threads: int) -> Call:
     return torch.no_grad()(_plain(model, threads))
 
 
-def _eager_channels_last(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _eager_channels_last(model: nn.Module, example: Tensor, threads: int) -> Call:
     plain = _plain(model, threads).to(memory_format=torch.channels_last)
     return torch.no_grad()(lambda x: plain(x.contiguous(memory_format=torch.channels_last)))
 
 
-def _compile(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _compile(model: nn.Module, example: Tensor, threads: int) -> Call:
     import torch._inductor.config
     from torch._inductor.utils import run_and_get_code
 
@@ -203,6 +210,18 @@ def _numpy(x: Tensor) -> np.ndarray:
 # ---- ONNX Runtime and OpenVINO
 
 
+def onnx_file(model: nn.Module, example: Tensor) -> bytes:
+    """The ONNX file (opset 17) of a model, for an input "x" like the example."""
+    if isinstance(model, MobileNetV2):
+        return onnx_model(describe(model), tuple(example.shape))
+    plain, file = _plain(model, torch.get_num_threads()).eval(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, and of the exporter that is to come
+        # In eval mode it folds the BatchNorms; the newer exporter wants a package more.
+        torch.onnx.export(plain, (example,), file, input_names=["x"], dynamo=False, opset_version=17)
+    return file.getvalue()
+
+
 def onnx_model(network: Network, shape: tuple[int, ...]) -> bytes:
     """An ONNX file (opset 17) for inputs of this shape [N, C, H, W]."""
     from onnx import TensorProto, helper, numpy_helper
@@ -243,18 +262,21 @@ def onnx_model(network: Network, shape: tuple[int, ...]) -> bytes:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
-def _onnxruntime(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _single(outputs: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    source = onnx_model(describe(model), tuple(example.shape))
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": _numpy(x)})[0]
+    session = onnxruntime.InferenceSession(onnx_file(model, example), options, providers=["CPUExecutionProvider"])
+    return lambda x: _single(session.run(None, {"x": _numpy(x)}))
 
 
-def _openvino(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _openvino(model: nn.Module, example: Tensor, threads: int) -> Call:
     import openvino
 
     core = openvino.Core()
@@ -263,9 +285,10 @@ def _openvino(model: MobileNetV2, example: Tensor, threads: int) -> Call:
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",  # its default is bfloat16 where the CPU has that
     }
-    compiled = core.compile_model(core.read_model(onnx_model(describe(model), tuple(example.shape))), "CPU", options)
+    compiled = core.compile_model(core.read_model(onnx_file(model, example)), "CPU", options)
     request = compiled.create_infer_request()
-    return lambda x: request.infer({0: _numpy(x)}, share_inputs=True)[0]
+    # Results stay in its memory until the next call: a copy of a segmenter's takes a millisecond.
+    return lambda x: _single([*request.infer({0: _numpy(x)}, share_inputs=True, share_outputs=True).values()])
 
 
 # ---- LiteRT
@@ -439,8 +462,8 @@ RUNNERS: tuple[Runner, ...] = (
     Runner("torch.compile", _compile),
     Runner("onnxruntime", _onnxruntime, ("onnx", "onnxruntime")),
     Runner("openvino", _openvino, ("onnx", "openvino")),
-    Runner("litert", _litert, ("ai-edge-litert",), channels_last=True),
-    Runner("ncnn", _ncnn, ("ncnn",)),
+    Runner("litert", _litert, ("ai-edge-litert",), channels_last=True, chains_only=True),
+    Runner("ncnn", _ncnn, ("ncnn",), chains_only=True),
 )
 
 TRAINERS: tuple[Runner, ...] = (

@@ -1,4 +1,4 @@
-"""What `mnv2-fused bench` has a runner do, and whether it did it right: a batch's logits, or a step of training.
+"""What `mnv2-fused bench` has a runner do, with which network, and whether it did it right: inference, or training.
 
 A task's instances live in the workers' processes, one runner and one batch each: calling one does the work once. Its
 static methods are the parent's. Processes, turns and times are benchmark.py, the runners peers.py.
@@ -12,23 +12,27 @@ import gc
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .deeplab import DeepLabV3
+from .mobilenet_v1 import MobileNetV1
 from .mobilenet_v2 import MobileNetV2
 from .ops import empty_cache
 from .peers import RUNNERS, TRAINERS, Runner, checkpointed
+from .ssdlite import SSDLite
 
 if TYPE_CHECKING:
     from .benchmark import Row, Worker
 
-TOLERANCE = 1e-3  # relative norm of the logits; every float32 run is within 1e-5, this is for runs of another network
+TOLERANCE = 1e-3  # relative norm of the results; every float32 run is within 1e-5, this is for runs of another network
 _BASE_SIZE = 32  # the image beside which memory is counted: 1/49 of the activations of 224x224
 
 # Gradients are no smooth function of what is rounded: where float32's last bits carry an activation over the corner of
@@ -41,8 +45,69 @@ GROSS = 0.5  # a mistake, however bad eager is
 _KNOWN = 0.1  # gradients that eager misses by more are zero but for rounding: of the projections' BatchNorm biases
 
 
+class Tensors(nn.Module):
+    """A model of which a runtime is asked for bare tensors: from images [N, 3, H, W] as they go into its backbone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def fused(self) -> bool:
+        return self.model.fused
+
+    @fused.setter
+    def fused(self, value: bool) -> None:
+        self.model.fused = value
+
+    def unfused(self, x: Tensor) -> dict[str, str]:
+        return self.model.unfused(x)
+
+
+class DetectorTensors(Tensors):
+    """Backbone, extra layers and heads: what comes after depends on what is found, and no two runtimes do it alike."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of boxes [N, A, 4] and class logits [N, A, classes]."""
+        return self.model.forward_head(self.model.forward_maps(x))
+
+
+class SegmenterTensors(Tensors):
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes, H, W], of the images' size."""
+        return self.model(x)["out"]
+
+
+class Network(NamedTuple):
+    """A network that `bench` knows.
+
+    Attributes:
+        title: as it is written.
+        resolution: height and width of its images where none is asked for: the paper's.
+        make: the network of a width_mult.
+    """
+
+    title: str
+    resolution: int
+    make: Callable[..., nn.Module]
+
+
+NETWORKS = {
+    "mobilenet_v2": Network("MobileNetV2", 224, MobileNetV2),
+    "mobilenet_v1": Network("MobileNetV1", 224, MobileNetV1),
+    "ssdlite": Network("SSDLite", 320, lambda **kwargs: DetectorTensors(SSDLite(81, **kwargs))),
+    "deeplabv3": Network("DeepLabv3", 513, lambda **kwargs: SegmenterTensors(DeepLabV3(21, **kwargs))),
+}
+
+
+def _flat(outputs: Any) -> Tensor:
+    """A runner's result, one tensor or several, as [N, values]."""
+    several = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return torch.cat([torch.as_tensor(output).flatten(1) for output in several], 1)
+
+
 class Inference:
-    """The logits of a batch (images,) in eval mode, without gradients."""
+    """The results for a batch (images,) in eval mode, without gradients."""
 
     runners: tuple[Runner, ...] = RUNNERS
     title = ""
@@ -56,7 +121,7 @@ class Inference:
         "error": "{relative_error:.1e}",
     }
 
-    def __init__(self, runner: Runner, model: MobileNetV2, batch: tuple[Tensor], threads: int, spare: bool) -> None:
+    def __init__(self, runner: Runner, model: nn.Module, batch: tuple[Tensor], threads: int, spare: bool) -> None:
         (images,) = batch
         self._x = runner.input(images[:1, :, :_BASE_SIZE, :_BASE_SIZE].clone() if spare else images)
         self._call = runner.prepare(model, self._x, threads)
@@ -66,7 +131,7 @@ class Inference:
         self._call(self._x)
 
     def answer(self) -> Tensor:
-        return torch.as_tensor(self._call(self._x))
+        return _flat(self._call(self._x))
 
     def memory(self) -> tuple[int, int] | None:
         """The peak of the resident memory during calls and the size of the input, in bytes; None where not told."""
@@ -77,12 +142,12 @@ class Inference:
         return peak_memory(), self._x.nbytes
 
     @staticmethod
-    def inputs(model: MobileNetV2, images: Tensor) -> tuple[MobileNetV2, tuple[Tensor]]:
+    def inputs(model: nn.Module, images: Tensor) -> tuple[nn.Module, tuple[Tensor]]:
         return model, (images,)
 
     @staticmethod
-    def exact(model: MobileNetV2, batch: tuple[Tensor]) -> tuple[Tensor, int]:
-        """The logits of the plain composition in float64, and the multiply-adds per image."""
+    def exact(model: nn.Module, batch: tuple[Tensor]) -> tuple[Tensor, int]:
+        """The results of the plain composition in float64, [N, values], and the multiply-adds per image."""
         (images,) = batch
         plain = copy.deepcopy(model).double()
         plain.fused = False
@@ -91,23 +156,23 @@ class Inference:
         torch.set_num_threads(1)
         try:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                logits = torch.cat([plain(image.double()) for image in images.split(1)])
+                values = torch.cat([_flat(plain(image.double())) for image in images.split(1)])
         finally:
             torch.set_num_threads(threads)
-        return logits, counter.get_total_flops() // 2 // len(images)
+        return values, counter.get_total_flops() // 2 // len(images)
 
     @staticmethod
     def verify(row: Row, worker: Worker, exact: Tensor) -> None:
-        logits, row.error = worker.ask("answer")
+        values, row.error = worker.ask("answer")
         if row.error:
             return
-        if logits.shape != exact.shape:
-            row.error = f"its logits are {list(logits.shape)}, expected {list(exact.shape)}"
+        if values.shape != exact.shape:
+            row.error = f"its results are {list(values.shape)}, expected {list(exact.shape)}"
             return
-        error = _relative_error(logits, exact)
+        error = _relative_error(values, exact)
         row.relative_error = error if math.isfinite(error) else None
         if not error <= TOLERANCE:
-            row.error = f"its logits are off by {error:.1e} (relative norm), more than {TOLERANCE:g}: not timed"
+            row.error = f"its results are off by {error:.1e} (relative norm), more than {TOLERANCE:g}: not timed"
 
     @staticmethod
     def measure_memory(row: Row, worker: Worker, spare: Worker) -> None:

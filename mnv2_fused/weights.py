@@ -12,15 +12,24 @@ import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .deeplab import DeepLabV3
-from .mobilenet_v2 import HEAD_CHANNELS, INVERTED_RESIDUAL_SETTING, STEM_CHANNELS, MobileNetV2, make_divisible
+from .mobilenet_v2 import (
+    HEAD_CHANNELS,
+    INVERTED_RESIDUAL_SETTING,
+    STEM_CHANNELS,
+    MobileNet,
+    MobileNetV2,
+    make_divisible,
+)
 from .ssdlite import SSDLite
+
+Model = TypeVar("Model", bound=nn.Module)
 
 MAX_BYTES = 2 << 30
 
@@ -213,31 +222,37 @@ def _channels(width_mult: float) -> tuple[int, ...]:
     return (*(make_divisible(c * width_mult, 8) for c in narrow), make_divisible(HEAD_CHANNELS * max(1, width_mult), 8))
 
 
-def random_model(images: Tensor, seed: int = 0, **kwargs: Any) -> MobileNetV2:
-    """MobileNetV2(**kwargs) of seeded random weights, in eval mode, with ordinary activations on what is like `images`.
+def random_model(images: Tensor, seed: int = 0, *, network: Callable[..., Model] = MobileNetV2, **kwargs: Any) -> Model:
+    """network(**kwargs) of seeded random weights, in eval mode, with ordinary activations on what is like `images`.
 
     As initialised, the running statistics are 0 and 1: no fold to speak of, signals that fade from block to block, and
     logits that are all the same. Here BatchNorm gets random scales and shifts and the statistics of `images`, float32
-    (N, 3, H, W), and the classifier is centred and scaled, so that pictures differ in their first classes.
+    (N, 3, H, W), and a classifier is centred and scaled, so that pictures differ in their first classes.
+
+    Args:
+        network: makes the model, which is called with `images` alone, in training mode too, and has the attribute
+            `fused`.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = MobileNetV2(**kwargs).train()
+        model = network(**kwargs).train()
         model.fused = False  # one seed gives the same weights on every machine, whatever kernel it has
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.normal_(std=0.3)
             norm.momentum = 1.0  # the running statistics become those of the one batch below
-        model.forward_features(images)
-        for norm in norms:
-            norm.momentum = 0.1
+        model.forward_features(images) if isinstance(model, MobileNet) else model(images)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         model.eval()
-        features = model.forward_head(model.forward_features(images), pre_logits=True)
-        mean = features.mean(0)
-        linear = model.classifier[-1]
-        linear.weight.normal_(std=2 / (features - mean).norm(dim=1).mean().item())  # logits of standard deviation 2
-        linear.bias.copy_(-linear.weight @ mean)
+        if isinstance(model, MobileNet):
+            features = model.forward_head(model.forward_features(images), pre_logits=True)
+            mean = features.mean(0)
+            linear = model.classifier[-1]
+            linear.weight.normal_(std=2 / (features - mean).norm(dim=1).mean().item())  # logits of deviation 2
+            linear.bias.copy_(-linear.weight @ mean)
         model.fused = True
     return model
 

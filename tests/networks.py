@@ -14,8 +14,12 @@ TOLERANCE = 2e-5
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def settle(model: Model) -> Model:
-    """In eval mode as training leaves one: no channel, no statistic is like its neighbour."""
+def settle(model: Model, size: int = 64) -> Model:
+    """In eval mode as training on images of this size leaves one: no channel, no statistic is like its neighbour.
+
+    Where a map is a single pixel the statistics are of eight values, and a channel may have next to no variance: of
+    networks with many such maps float32's results are worth less.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
         for module in model.modules():
@@ -28,7 +32,7 @@ def settle(model: Model) -> Model:
             bn.weight.uniform_(0.5, 1.5)
             bn.bias.normal_(0, 0.5)
             bn.momentum = None  # the mean over all batches so far, here one
-        model.train()(torch.randn(8, model.in_channels, 64, 64))
+        model.train()(torch.randn(8, model.in_channels, size, size))
         for bn in norms:
             bn.momentum = 0.1
             bn.running_mean.add_(0.2 * bn.running_var.sqrt() * torch.randn(bn.num_features))

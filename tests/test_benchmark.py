@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch._inductor.config
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import mnv2_fused
@@ -66,9 +68,9 @@ def result() -> benchmark.Result:
 
 @pytest.mark.parametrize("runner", peers.RUNNERS, ids=lambda runner: runner.name)
 def test_runner_computes_the_logits(runner, small):
-    if reason := runner.missing():
-        pytest.skip(f"{runner.name} {reason}")
     model, images = small
+    if reason := runner.missing(model):
+        pytest.skip(f"{runner.name} {reason}")
     expected, _ = tasks.Inference.exact(model, (images,))
     x = runner.input(images)
     logits = torch.as_tensor(runner.prepare(model, x, 1)(x))
@@ -104,6 +106,43 @@ def test_importing_the_benchmark_imports_no_peer():
     assert said.strip() == "set()"
 
 
+@pytest.mark.parametrize("network", ["mobilenet_v1", "ssdlite", "deeplabv3"])
+@pytest.mark.parametrize("runner", peers.RUNNERS, ids=lambda runner: runner.name)
+def test_runner_computes_other_networks(runner, network):
+    """Every output of every runner, whichever order or layout it prefers; those that have no graph say so."""
+    generator = torch.Generator().manual_seed(3)
+    make = tasks.NETWORKS[network].make
+    model = random_model(torch.randn(8, 3, 64, 64, generator=generator), network=make, width_mult=0.35)
+    if reason := runner.missing(model):
+        assert runner.name in ("litert", "ncnn") or "pip install" in reason
+        pytest.skip(f"{runner.name} {reason}")
+    if runner.name == "torch.compile":
+        pytest.skip("compiling each takes half a minute: the benchmark itself verifies it before it is timed")
+    images = torch.randn(1, 3, 65, 65, generator=generator)
+    expected, macs = tasks.Inference.exact(model, (images,))
+    found = tasks.Inference(runner, model, (images,), 1, spare=False).answer()
+    assert macs > 0 and found.dtype == torch.float32 and found.shape == expected.shape
+    error = ((found.double() - expected).norm() / expected.norm()).item()
+    assert error < 1e-4, f"{runner.name} is off by {error:.1e} (relative norm)"
+
+
+def test_networks_are_the_papers():
+    """Parameters and multiply-adds at the size that each is timed at."""
+    found = {}
+    for name, network in tasks.NETWORKS.items():
+        model = network.make(width_mult=1.0).eval()
+        model.fused = False
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.to("meta")(torch.empty(1, 3, network.resolution, network.resolution))
+        found[name] = (sum(p.numel() for p in model.parameters()), round(counter.get_total_flops() / 2e6, 1))
+    assert found == {
+        "mobilenet_v2": (3_504_872, 300.8),
+        "mobilenet_v1": (4_231_976, 568.7),
+        "ssdlite": (4_337_013, 788.8),
+        "deeplabv3": (2_113_557, 2740.7),
+    }
+
+
 # ---- the engine
 
 
@@ -130,7 +169,7 @@ def test_dictionary_is_json(result):
     report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert report["options"] | SMALL == report["options"]
     assert report["options"]["kernel"] == mnv2_fused.selected_kernel()
-    assert {"machine", "system", "versions", "macs_per_image", "fma_peak", "rounds", "not_installed"} <= {*report}
+    assert {"machine", "system", "versions", "macs_per_image", "fma_peak", "rounds", "left_out"} <= {*report}
     assert [row["name"] for row in report["rows"]] == list(TORCH_RUNNERS)
     assert report["rows"][0]["ms"] == result["fused"].ms
 
@@ -167,6 +206,14 @@ def test_given_model_and_images_are_used_and_left_as_they_were(small):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"images must be float32 \[1, 3, 32, 32\], got .* \[2, 3, 32, 32\]"):
         benchmark.run(Options(**SMALL), model, images.expand(2, -1, -1, -1))
+
+
+def test_another_network_is_timed_at_its_own_size():
+    options = Options(threads=1, seconds=0.0, rounds=1, runners=("fused", "eager"), memory=False, network="ssdlite")
+    options = dataclasses.replace(options, width=0.35)
+    result = benchmark.run(options)
+    assert [row.error for row in result.rows] == ["", ""] and all(row.ms > 0 for row in result.rows)
+    assert result.title == "SSDLite 0.35/320, float32, batch 1, 1 thread"
 
 
 def test_forced_kernel(float32_kernel, monkeypatch):
@@ -372,7 +419,7 @@ def test_wrong_logits_are_not_timed(factor, shown):
 def test_logits_of_another_shape_are_not_timed():
     row = Row("wrong", "1")
     tasks.Inference.verify(row, _Says(torch.ones(10)), torch.ones(2, 10))
-    assert row.error == "its logits are [10], expected [2, 10]"
+    assert row.error == "its results are [10], expected [2, 10]"
 
 
 def test_a_row_with_an_error_is_shown():
@@ -401,7 +448,7 @@ def test_peers_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(tasks.Inference, "runners", (peers.RUNNERS[0], absent))
     result = benchmark.run(Options(**SMALL, rounds=1, peers=True, memory=False))
     assert [row.name for row in result.rows] == ["fused"]
-    assert result.not_installed == {"imaginary": "not installed: pip install onnx-of-nobody imaginary-runtime"}
+    assert result.left_out == {"imaginary": "not installed: pip install onnx-of-nobody imaginary-runtime"}
 
 
 @pytest.mark.parametrize(
@@ -417,6 +464,8 @@ def test_peers_that_are_not_installed_are_named(monkeypatch):
         (dict(kernel="scalar_f64"), "kernel must be one of .*, got 'scalar_f64'"),
         (dict(train=True, runners=("onnxruntime",)), r"runners must be among .*, got \['onnxruntime'\]"),
         (dict(train=True, peers=True), "train and peers exclude each other"),
+        (dict(train=True, network="ssdlite"), "train is of mobilenet_v2 only, got ssdlite"),
+        (dict(network="resnet"), r"network must be one of \['mobilenet_v2', .*\], got 'resnet'"),
         (dict(train=True, batch=1, resolution=32), "two values or more: batch 1 at 32x32 leaves one"),
     ],
 )

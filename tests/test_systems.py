@@ -56,7 +56,7 @@ SIZES = [65, *(pytest.param(size, marks=pytest.mark.exhaustive) for size in (300
 @pytest.mark.parametrize(("task", "output_stride"), CASES)
 def test_results(task: str, output_stride: int, size: int, width_mult: float) -> None:
     torch.manual_seed(0)
-    model, x = settle(System(task, size, output_stride, width_mult)), images(2, size, size)
+    model, x = settle(System(task, size, output_stride, width_mult), size), images(2, size, size)
     with torch.no_grad():
         assert not model.network.unfused(x)
         y = model(x)
