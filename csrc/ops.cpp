@@ -1,4 +1,5 @@
 // The ops of inference on the CPU: schemas, plans and their checks.
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -63,7 +64,7 @@ std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, co
   return made;
 }
 
-Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed) {
+Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed, double* seconds = nullptr) {
   const Plan& plan = prepared.plan;
   const Program& program = prepared.program;
   STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
@@ -83,6 +84,7 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
   call.stride_batch = any_strides ? x.stride(0) : program.image_size;
   call.image = {nullptr, x.stride(1), x.stride(2), x.stride(3)};
   call.y = y.data_ptr();
+  call.seconds = seconds;
   run(program, call, int(torch::stable::get_num_threads()), on_torch_threads);
   return y;
 }
@@ -111,15 +113,33 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   return packed;
 }
 
-Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
-  const auto prepared = prepare(integers, x);
-  const Plan& plan = prepared->plan;
+void check_packed(const Tensor& packed, const Plan& plan) {
   const int64_t size = plan.packed_size();
   STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == size && packed.is_contiguous() && packed.is_cpu() &&
                       dtype_of(packed, "packed") == plan.kernel->dtype,
                   "packed must be what mnv2_fused::pack returned for this plan: ", size, " elements of ",
                   dtype_name(plan.kernel->dtype));
+}
+
+Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
+  const auto prepared = prepare(integers, x);
+  check_packed(packed, prepared->plan);
   return execute(*prepared, x, packed.data_ptr());
+}
+
+// What `network` takes for each layer, in seconds on the first thread; of layers that are computed as one, with the
+// last.
+Tensor network_seconds(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
+  const auto prepared = prepare(integers, x);
+  check_packed(packed, prepared->plan);
+  const Program& program = prepared->program;
+  std::vector<double> of_steps(program.steps.size());
+  execute(*prepared, x, packed.data_ptr(), of_steps.data());
+  const Tensor seconds = doubles({int64_t(prepared->plan.layers.size())}, x);
+  double* of_layers = data_of(seconds);
+  std::fill_n(of_layers, seconds.numel(), 0.0);
+  for (size_t i = 0; i < of_steps.size(); ++i) of_layers[program.last_layer[i]] += of_steps[i];
+  return seconds;
 }
 
 Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_weight,
@@ -160,10 +180,12 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(MNV2_INVERTED_RESIDUAL);
   m.def(MNV2_PACK);
   m.def(MNV2_NETWORK);
+  m.def("network_seconds(Tensor x, Tensor packed, int[] plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("inverted_residual", TORCH_BOX(&mnv2_fused::inverted_residual));
   m.impl("pack", TORCH_BOX(&mnv2_fused::pack_plan));
   m.impl("network", TORCH_BOX(&mnv2_fused::network));
+  m.impl("network_seconds", TORCH_BOX(&mnv2_fused::network_seconds));
 }

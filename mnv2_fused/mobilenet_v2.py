@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from . import network, training
 from .network import Conv2dSame, FusedChain, Stage
+from .ops import Layer
 
 # Table 2 of the paper: expansion t, output channels c, repeats n, stride s of the first block in the row.
 INVERTED_RESIDUAL_SETTING: tuple[tuple[int, int, int, int], ...] = (
@@ -469,6 +470,19 @@ class MobileNet(nn.Module):
     def why_not_fused(self, x: Tensor) -> str:
         """Why a call with x would now not run as one op; "" when it would run as one. In training see `unfused`."""
         return self._chain.why_not(self, x) if self.fused else "the attribute `fused` is False"
+
+    def layer_seconds(self, x: Tensor) -> list[tuple[Layer, int, float]]:
+        """Where the time of a fused call in eval mode goes: layers, their multiply-adds, seconds of the first thread.
+
+        x is [N, in_channels, H, W] on the CPU; the layers are those of `features`, the pooling and the classifier.
+        Where several are computed as one (stem and first block, head and pooling), the seconds stand with the last.
+
+        Raises:
+            RuntimeError: the call would not run as one op, or not on the CPU.
+        """
+        if not self.fused:
+            raise RuntimeError("no times by layer: the attribute `fused` is False")
+        return self._chain.seconds(self, x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self._maps is not None:

@@ -25,6 +25,7 @@ from .ops import Layer
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _NETWORK = torch.ops.mnv2_fused.network.default
+_NETWORK_SECONDS = torch.ops.mnv2_fused.network_seconds.default
 
 
 class Unfusable(Exception):
@@ -326,6 +327,28 @@ class FusedChain:
         if x.is_cuda:
             self._hold(packing)
         return _NETWORK(x, packing.packed, packing.plan_for(x))
+
+    def seconds(self, root: nn.Module, x: Tensor) -> list[tuple[Layer, int, float]]:
+        """One call of the chain: its layers, their multiply-adds for x and the seconds that the first thread takes.
+
+        Where layers are computed as one, the seconds stand with the last of them, and the others have 0.
+
+        Raises:
+            RuntimeError: the chain cannot run fused, or not on the CPU.
+        """
+        reason, packing = self._prepare(root, x)
+        reason = reason or ("" if x.device.type == "cpu" else "times by layer are of the CPU alone")
+        if reason:
+            raise RuntimeError(f"no times by layer: {reason}")
+        x = x.to(packing.arithmetic.dtype)
+        plan = packing.plan_for(x)
+        found = _NETWORK_SECONDS(x, packing.packed, plan).tolist()
+        batch, _, height, width = x.shape
+        result = []
+        for layer, seconds in zip(ops.layers_of(plan), found, strict=True):
+            result.append((layer, batch * ops.multiply_adds(layer, height, width), seconds))
+            height, width = ops.output_size(layer, height, width)
+        return result
 
     def _hold(self, packing: _Packing) -> None:
         """Packed weights are not freed under a call on another stream, nor under a graph that will read them."""

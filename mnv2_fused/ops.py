@@ -377,20 +377,29 @@ def make_plan(layers: list[Layer], dtype: torch.dtype, device: str = "cpu", tf32
     return [names.index(selected_kernel(dtype)), *(n for layer in layers for n in layer)]
 
 
+def layers_of(plan: list[int]) -> list[Layer]:
+    fields = len(Layer._fields)
+    return [Layer(*plan[at : at + fields]) for at in range(1, len(plan), fields)]
+
+
+def multiply_adds(layer: Layer, height: int, width: int) -> int:
+    """Of one image, from the size of the layer's input."""
+    out_height, out_width = output_size(layer, height, width)
+    if layer.kind == BLOCK:
+        expand = height * width * layer.in_channels * layer.hidden_channels * layer.expand
+        return expand + out_height * out_width * layer.hidden_channels * (9 + layer.out_channels)
+    if layer.kind == POOL:
+        return 0
+    return out_height * out_width * layer.in_channels * layer.out_channels * (9 if layer.kind == CONV3X3 else 1)
+
+
 def _walk(x: Tensor, plan: list[int]) -> tuple[list[int], int]:
     """The result's shape, and the multiply-adds on the way."""
     batch, _, height, width = x.shape
     macs, shape = 0, []
-    for at in range(1, len(plan), len(Layer._fields)):
-        layer = Layer(*plan[at : at + len(Layer._fields)])
-        before = height * width
+    for layer in layers_of(plan):
+        macs += multiply_adds(layer, height, width)
         height, width = output_size(layer, height, width)
-        if layer.kind == BLOCK:
-            expand = before * layer.in_channels * layer.hidden_channels * layer.expand
-            macs += expand + height * width * layer.hidden_channels * (9 + layer.out_channels)
-        elif layer.kind != POOL:
-            taps = 9 if layer.kind == CONV3X3 else 1
-            macs += height * width * layer.in_channels * layer.out_channels * taps
         flat = layer.kind in (POOL, LINEAR)
         shape = [batch, layer.out_channels] if flat else [batch, layer.out_channels, height, width]
     return shape, batch * macs

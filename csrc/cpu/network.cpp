@@ -4,6 +4,7 @@
 #include <xmmintrin.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <thread>
 
@@ -55,6 +56,22 @@ class Team {
   std::vector<Counter> counters_;
 };
 
+// Tells where the time of a call goes: to the step that has just been done.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double* seconds) : seconds_(seconds) { lap(-1); }
+  void lap(int step) {
+    if (!seconds_) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (step >= 0) seconds_[step] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  double* seconds_;
+  std::chrono::steady_clock::time_point last_;
+};
+
 struct Runner {
   const Program& program;
   const Call& call;
@@ -89,6 +106,7 @@ struct Runner {
     image.data = x;
     const size_t count = program.steps.size() - linear;
     const int slices = shared ? threads : 1;
+    Stopwatch watch(worker == 0 ? call.seconds : nullptr);
     for (size_t i = 0; i < count; ++i) {
       const Step& s = program.steps[i];
       char* y = activation(owner, i % 2);
@@ -132,6 +150,7 @@ struct Runner {
           break;
       }
       x = y;
+      watch.lap(int(i));
     }
   }
 
@@ -158,7 +177,9 @@ struct Runner {
     for (int64_t i = whole; i < call.batch; ++i) {
       image(i, 0, w, true, [&](int tasks, const auto& task) { worker.run(tasks, task); });
     }
+    Stopwatch watch(w == 0 ? call.seconds : nullptr);
     if (linear) worker.run(threads, [&](int t) { classify(t, threads); });
+    watch.lap(int(program.steps.size()) - 1);
   }
 };
 

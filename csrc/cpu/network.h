@@ -47,6 +47,7 @@ void pack_depthwise(const Tiles& tiles, Dtype dtype, const void* w, int64_t chan
 struct Program {
   const Kernel* kernel;
   std::vector<Step> steps;
+  std::vector<int> last_layer;  // of the plan's, that each step computes
   std::vector<std::vector<int32_t>> pixel_offsets;                            // what the steps point to
   int64_t image_size;                                                         // elements of an image at the input
   int64_t out_channels, out_height, out_width;                                // of the result; 1 x 1 once pooled
@@ -68,6 +69,7 @@ struct Call {
   int64_t batch, stride_batch;
   Image image;  // strides of x
   void* y;
+  double* seconds;  // that the first worker takes for each step, added to; null where they are not asked for
 };
 
 // parallel(n, body, context) runs body(begin, end, context) over [0, n) on the caller's thread pool.

@@ -194,6 +194,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
     }
     program.out_channels = step.out_channels;
     program.steps.push_back(step);
+    program.last_layer.push_back(int(i));
   }
   program.out_height = height;
   program.out_width = width;
