@@ -20,8 +20,8 @@ struct Float32 {
   static constexpr int kLanes = 16;
   // 28 accumulators, 2 weight vectors and the broadcast pixel: 31 of 32 registers, 16 loads for 28 multiply-adds.
   static constexpr int kTileM = 14, kTileN = 2;
-  // 14 accumulators, 9 weights, the bias, an input: 25 registers, 36 loads for 126 multiply-adds at stride 1.
-  static constexpr int kDepthwiseRows = 4, kDepthwiseColumns = 4;
+  // 21 accumulators, 9 weights, the bias, an input: all 32 registers, 45 loads for 189 multiply-adds at stride 1.
+  static constexpr int kDepthwiseRows = 3, kDepthwiseColumns = 7;
   static constexpr int kStreams = 4;
   // 21 accumulators, 3 weight vectors and the broadcast pair of inputs.
   static constexpr bool kPairs = true;

@@ -278,6 +278,8 @@ struct Forward {
     if constexpr (D) {
       MNV2_UNROLL for (int i = 0; i < (R - 1) * S + 3; ++i) {
         const T* row = rows[i] + start;
+        // What the next tile reads is in L2 where rows are long, in as many streams as there are loads.
+        MNV2_UNROLL for (int j = 2; j < C * S + 2; ++j) __builtin_prefetch(row + (C * S + j) * kPanel);
         asm volatile("" : "+r"(row));  // or the compiler keeps a register for every column instead of every row
         MNV2_UNROLL for (int j = 0; j < (C - 1) * S + 3; ++j) {
           const V v = Isa::load(row + j * kPanel);
@@ -331,15 +333,15 @@ struct Forward {
     filter_columns<Emit, S, D, R, kColumns>(t, f, rows, 0, column_count);
   }
 
-  // Rows in tiles of R, then in ever lower ones.
+  // Rows in tiles of R, then in lower ones; four are two and two, since a single row has too few chains of sums.
   template <class Emit, int S, bool D, int R = D ? kRows : 1>
   static void filter_stripe(Filter f, const T* const* rows, int row_count, int column_count) {
-    for (; row_count >= R; row_count -= R) {
+    for (; row_count >= R && !(R == 3 && row_count == 4); row_count -= R) {
       filter_rows<Emit, S, D, R>(f, rows, column_count);
       f.d += R * f.d_row;
       rows += R * S;
     }
-    if constexpr (R > 1) filter_stripe<Emit, S, D, R / 2>(f, rows, row_count, column_count);
+    if constexpr (R > 1) filter_stripe<Emit, S, D, R - 1>(f, rows, row_count, column_count);
   }
 
   template <class Emit>
