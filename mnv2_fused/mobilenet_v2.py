@@ -158,6 +158,27 @@ def _describe_block(module: InvertedResidual) -> list[Stage]:
     return [network.block(module.conv, module.use_res_connect)]
 
 
+def _does_more(block: InvertedResidual) -> bool:
+    """Whether a call of the block does more than its layers do, and would be missed where it is run in pieces."""
+    own = type(block) is not InvertedResidual or training.has_hooks(block) or training.has_hooks(block.conv)
+    return own or network.global_hooks()
+
+
+def _run_observed(block: InvertedResidual, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The block called as it is, and what its expansion and its depthwise convolution make, by those names."""
+    pieces = ("expansion", "depthwise")[1 - len(block._expand()) :]
+    inside: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda module, x, y, piece=piece: inside.update({piece: y}))
+        for piece, layer in zip(pieces, block.conv, strict=False)
+    ]
+    try:
+        return block(x), inside
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 # A part of `features`: the index of a module, and of a block that is cut in two which piece.
 WHOLE, EXPAND, REST = "", "expand", "rest"
 Unit = tuple[int, str]
@@ -311,7 +332,8 @@ class MobileNet(nn.Module):
             x: [N, in_channels, H, W].
             indices: 0 to 18 (of the paper's network): the output of that module of `features`; or of a block
                 "14.expansion", what its depthwise convolution reads (after BatchNorm and ReLU6; SSDLite's first map),
-                or "4.depthwise", what its projection reads. A block whose "depthwise" is asked for runs layer by layer.
+                or "4.depthwise", what its projection reads. A block whose "depthwise" is asked for runs layer by layer,
+                and so does one that has hooks, or a forward of its own, and of which a piece is asked for.
 
         Raises:
             ValueError: there is no such place.
@@ -331,11 +353,15 @@ class MobileNet(nn.Module):
         for index in range(max(index for index, _ in taps) + 1):
             block = self.features[index]
             pieces = {piece for i, piece in wanted if i == index and piece}
-            if pieces == {"expansion"} and not block.use_res_connect:
+            if pieces == {"expansion"} and not block.use_res_connect and not _does_more(block):
                 pending.append((index, EXPAND))
                 flush()
                 found[index, "expansion"] = x
                 pending.append((index, REST))
+            elif pieces and _does_more(block):
+                flush()
+                x, inside = _run_observed(block, x)
+                found |= {(index, piece): inside[piece] for piece in pieces}
             elif pieces:
                 flush()
                 h = self._run(((index, EXPAND),), x) if len(block._expand()) else x

@@ -439,6 +439,8 @@ def test_the_pieces_of_a_block_follow_their_weights() -> None:
 HOOKED = (
     "features.0",
     "features.4",
+    "features.14",
+    "features.14.conv",
     "features.14.conv.0",
     "features.14.conv.0.1",
     "features.14.conv.2",
@@ -463,6 +465,37 @@ def test_hooks_fire_between_taps(name: str, training: bool) -> None:
     for y, right in zip(found, value, strict=True):
         assert error(y.detach(), right.detach()) < EXACT
     assert error(without[1].detach(), value[1].detach()) > 1e-3
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_hooks_on_a_block_that_gives_pieces(training: bool) -> None:
+    """Of every kind of block: with a shortcut, without an expansion, of two pieces; our own hooks are taken off."""
+    model, x = settled().double().train(training), images(2, 33, 33).double()
+    indices = ["1.depthwise", "2.depthwise", "2.expansion", "3.expansion", "3.depthwise", 4]
+    with torch.set_grad_enabled(training):
+        right = [t.detach() for t in model.forward_intermediates(x, indices)]
+        fired: list[int] = []
+        for i in (1, 2, 3):
+            model.features[i].register_forward_pre_hook(lambda module, inputs, i=i: fired.append(i))
+        for _ in range(2):
+            found = model.forward_intermediates(x, indices)
+    assert fired == [1, 2, 3] * 2
+    for y, value in zip(found, right, strict=True):
+        assert error(y.detach(), value) < EXACT
+    assert not any(layer._forward_hooks for i in (1, 2, 3) for layer in model.features[i].conv)
+
+
+def test_a_block_with_a_forward_of_its_own_gives_pieces() -> None:
+    class Halved(InvertedResidual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    model, x = settled(), images(1, 33, 33)
+    right = model.forward_intermediates(x, [13, "14.expansion", 14])
+    model.features[14].__class__ = Halved
+    found = model.forward_intermediates(x, [13, "14.expansion", 14])
+    for y, value in zip(found, (*right[:2], right[2] / 2), strict=True):
+        assert error(y.detach(), value.detach()) < TOLERANCE
 
 
 def test_copies_and_state() -> None:
