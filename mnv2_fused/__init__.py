@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from .deeplab import DeepLabV3
+from .deeplab import DeepLabV3, segmentation_loss
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
 from .ops import empty_cache, inverted_residual, kernels, selected_kernel
@@ -19,5 +19,6 @@ __all__ = [
     "kernels",
     "mobilenet_v1",
     "mobilenet_v2",
+    "segmentation_loss",
     "selected_kernel",
 ]

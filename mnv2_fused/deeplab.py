@@ -91,8 +91,9 @@ class DeepLabV3(nn.Module):
     reference. The result is that of torchvision's segmentation models, and so are the names `backbone` and
     `classifier`. In eval mode without gradients the backbone is one op call; the head's convolutions are PyTorch's.
 
-    In training a batch needs two images or more: the image pooling leaves one value for each, and PyTorch's BatchNorm
-    raises ValueError where that is the only one.
+    `mnv2_fused.segmentation_loss` is the loss of these logits, without the pixels of label 255. In training a batch
+    needs two images or more: the image pooling leaves one value for each, and PyTorch's BatchNorm raises ValueError
+    where that is the only one.
 
     Args:
         num_classes: 21 for PASCAL VOC, with the background.
@@ -192,6 +193,8 @@ class DeepLabV3(nn.Module):
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE_LABEL) -> Tensor:
     """The mean cross entropy over the pixels that have a label, 0 where none has: the reference's loss.
 
+    It is computed in float32 at least: a sum over that many pixels is beyond float16.
+
     Args:
         logits: [N, num_classes, H, W], a model's "out".
         labels: [N, H, W], int64, 0 to num_classes - 1 or `ignore_label`.
@@ -199,5 +202,6 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
     Returns:
         A scalar. (Source: tensorflow/models, research/deeplab/utils/train_utils.py.)
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=ignore_label, reduction="sum")
     return total / (labels != ignore_label).sum().clamp(min=1)

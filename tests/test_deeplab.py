@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnv2_fused import MobileNetV2
-from mnv2_fused.deeplab import VOC_SCALES, DeepLabV3, segmentation_loss
+from mnv2_fused import MobileNetV2, segmentation_loss
+from mnv2_fused.deeplab import VOC_SCALES, DeepLabV3
 from mnv2_fused.mobilenet_v1 import MobileNetV1
 from mnv2_fused.network import Conv2dSame
 
@@ -324,6 +324,15 @@ def test_loss() -> None:
     none = segmentation_loss(logits, torch.full_like(labels, 255))
     assert none == 0 and not torch.autograd.grad(none, logits)[0].any()
     assert segmentation_loss(logits, labels.masked_fill(~kept, 4), ignore_label=4) != loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_of_16_bit_logits(dtype: torch.dtype) -> None:
+    """The sum over the pixels of an image is beyond float16; their mean is what float32 makes of the same logits."""
+    logits = 20 * torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.zeros(1, 160, 160, dtype=torch.int64)
+    assert torch.equal(segmentation_loss(logits, labels), segmentation_loss(logits.float(), labels))
+    assert F.cross_entropy(logits.float(), labels, reduction="sum") > torch.finfo(torch.float16).max
 
 
 def test_learns() -> None:
