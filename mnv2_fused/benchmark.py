@@ -166,7 +166,7 @@ class Result:
             with its vectors in registers (10^9 a second): the median of one measurement in each round. Not measured
             where macs is None.
         rounds: turns that each runner had.
-        left_out: peers that were asked for and are not here, and why, or what to install.
+        left_out: peers that are not here, and why, or what to install.
     """
 
     options: Options
@@ -280,7 +280,8 @@ def run(
         progress: called as (fraction done, what is being done).
 
     Raises:
-        ValueError: images of another shape, or a kernel that this CPU does not support.
+        ValueError: images of another shape, a kernel that this CPU does not support, or a runner asked for by its name
+            that cannot be prepared.
     """
     options = _complete(options)
     shape = (options.batch, getattr(model, "in_channels", 3), options.resolution, options.resolution)
@@ -301,6 +302,8 @@ def run(
         r for r in task.runners if (r.name in options.runners if options.runners else options.peers or not r.packages)
     ]
     left_out = {runner.name: reason for runner in wanted if (reason := runner.missing(model))}
+    if options.runners and left_out:  # what is asked for by its name is not left out silently
+        raise ValueError("; ".join(f"{name} {reason}" for name, reason in left_out.items()))
     runners = [runner for runner in wanted if runner.name not in left_out]
     rows = [Row(runner.name, _version(runner, options), remark=runner.remark) for runner in runners]
 

@@ -451,6 +451,11 @@ def test_peers_that_are_not_installed_are_named(monkeypatch):
     assert result.left_out == {"imaginary": "not installed: pip install onnx-of-nobody imaginary-runtime"}
 
 
+def test_a_runner_that_is_asked_for_by_its_name_and_is_not_here_is_an_error():
+    with pytest.raises(ValueError, match="litert is left out: its graph is written here for MobileNetV2 alone"):
+        benchmark.run(Options(network="ssdlite", resolution=32, runners=("fused", "litert"), memory=False))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
