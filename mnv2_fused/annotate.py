@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .datasets import normalize
 from .deeplab import DeepLabV3
+from .images import ImageError
 from .ssdlite import SSDLite
 
 
@@ -56,9 +57,13 @@ def segment(
 ) -> tuple[list[dict[str, object]], Image.Image]:
     """The share of an RGB picture that each class covers, the largest first, and the picture with them in colour.
 
-    A region is {"label", "name", "share"}; the background, class 0, is left out. `names` as of `detect`.
+    A region is {"label", "name", "share"}; the background, class 0, is left out. `names` as of `detect`. Raises
+    ImageError where the network's output is not finite: that would look like background.
     """
-    labels = model(normalize(_pixels(picture)[None]))["out"][0].argmax(0)
+    logits = model(normalize(_pixels(picture)[None]))["out"][0]
+    if not logits.isfinite().all():
+        raise ImageError("the network's output is not finite: the weights do not fit such pictures")
+    labels = logits.argmax(0)
     pixels, shown = np.asarray(picture), []
     drawn = pixels.astype(np.float32)
     counts = torch.bincount(labels.flatten())

@@ -387,7 +387,7 @@ def shapes(
     count: Annotated[
         int | None, typer.Option("--images", min=32, show_default="the task's", help="Images to train on.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, images and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, images and batches.")] = 0,
     fused: Annotated[bool, typer.Option(help="Run the blocks as single ops, or layer by layer.")] = True,
     plot: Annotated[Path, typer.Option(metavar="FILE", help="Where the plot goes: .png, .svg or .pdf.")] = Path(
         "shapes.png"
@@ -646,7 +646,7 @@ def segment(
     weights: WeightsOption,
     labels: NamesOption = None,
     folder: OutOption = Path("annotated"),
-    output_stride: Annotated[int, typer.Option(help="Of the DeepLabv3: 16, 8 or 32.")] = 16,
+    output_stride: Annotated[int, typer.Option(help="Of the DeepLabv3: 16 or 8.")] = 16,
     as_json: JsonOption = False,
     recursive: RecursiveOption = False,
 ) -> None:
@@ -684,6 +684,7 @@ def _annotate(
     results: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     written: set[str] = set()
+    originals = {path.resolve() for path in files}
     with _progress("looking", len(files), MofNCompleteColumn(), TimeRemainingColumn()) as show:
         for path in files:
             try:
@@ -693,7 +694,8 @@ def _annotate(
                 skipped.append({"path": str(path), "error": str(error)})
                 continue
             name, number = path.stem, 1
-            while name in written:  # the same name in another folder, or with another suffix
+            # The same name in another folder, or with another suffix; or that of a picture which was given.
+            while name in written or (folder / f"{name}.png").resolve() in originals:
                 name, number = f"{path.stem}-{number}", number + 1
             written.add(name)
             target = folder / f"{name}.png"

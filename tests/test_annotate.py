@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mnv2_fused import DeepLabV3, MobileNetV2, SSDLite, annotate
 from mnv2_fused.cli import app
+from mnv2_fused.datasets import normalize
 from mnv2_fused.weights import WeightsError, load_detector, load_segmenter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,6 +157,50 @@ def test_segment(pictures: Path, tmp_path: Path) -> None:
     # Half of the pixels of a region, and all far from the text, have its colour mixed in; the background has none.
     labels = annotate.segment(model, Image.new("RGB", (40, 40), "white"))[0]
     assert all(0 < region["share"] <= 1 for region in labels)
+
+
+def test_colours_of_regions() -> None:
+    """Each class's colour where it is found, far from the text; the background as it was."""
+    torch.manual_seed(0)
+    model = DeepLabV3(3, width_mult=0.35).eval()
+    with torch.no_grad():
+        model.classifier.logits.weight.mul_(1e3)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 200, 3), np.uint8))
+    regions, drawn = annotate.segment(model, picture)
+    with torch.no_grad():
+        labels = model(normalize(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]))["out"][0].argmax(0)
+    assert {region["label"]: region["share"] for region in regions} == {
+        label: (labels == label).double().mean().item() for label in labels.unique().tolist() if label
+    }
+    before, after, labels = (np.asarray(t)[60:, 100:].astype(float) for t in (picture, drawn, labels))
+    assert len(np.unique(labels)) > 1
+    for label in np.unique(labels):
+        share = 0.65 if label else 0.0
+        expected = (1 - share) * before[labels == label] + share * np.array(annotate.color_of(int(label)))
+        assert np.abs(after[labels == label] - expected).max() <= 0.51
+
+
+def test_pictures_that_are_given_are_never_written_over(detector: SSDLite, pictures: Path, tmp_path: Path) -> None:
+    """Where --out is their own folder, by whatever path."""
+    weights, same = saved(detector, tmp_path / "w.pt"), tmp_path / "same"
+    same.symlink_to(pictures)
+    before = (pictures / "a.png").read_bytes()
+    done = run("detect", pictures / "a.png", "--weights", weights, "--size", 96, "--out", same, "--json")
+    assert done.exit_code == 0, done.output
+    assert (pictures / "a.png").read_bytes() == before
+    assert json.loads(done.stdout)["results"][0]["annotated"] == str(same / "a-1.png") and (same / "a-1.png").exists()
+
+
+def test_weights_that_do_not_fit_a_picture_are_told(pictures: Path, tmp_path: Path) -> None:
+    """Where all logits are NaN argmax says background."""
+    model = DeepLabV3(4, width_mult=0.35).eval()
+    with torch.no_grad():
+        model.classifier.project[1].bias.fill_(1e38)
+        model.classifier.logits.weight.fill_(1e38)
+        model.classifier.logits.weight[:, ::2] *= -1
+    weights = saved(model, tmp_path / "w.pt")
+    done = run("segment", pictures / "a.png", "--weights", weights, "--out", tmp_path / "out")
+    assert done.exit_code == 1 and "the network's output is not finite" in done.stderr, done.output
 
 
 def test_errors_of_the_commands(detector: SSDLite, pictures: Path, tmp_path: Path) -> None:

@@ -70,3 +70,8 @@ def test_command(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1 and "expected at least" in done.stderr, "one step is not enough"
     assert json.loads(done.stdout)["task"]["images"] == 32 and plot.stat().st_size > 10_000
+
+
+def test_a_seed_out_of_range_is_told() -> None:
+    done = CliRunner().invoke(app, ["shapes", "detection", "--seed", str(2**70)])
+    assert done.exit_code == 2 and "--seed" in done.stderr
