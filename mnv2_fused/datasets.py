@@ -334,8 +334,10 @@ class VocSegmentation(_Voc):
         content = _read(path)
         try:
             with Image.open(io.BytesIO(content), formats=["PNG"]) as mask:
-                if mask.mode not in ("P", "L"):
-                    raise DatasetError(f"{path}: a mask holds palette indices or 8-bit greys, not {mask.mode}")
+                bits = content[24]  # of a sample, in the header; Pillow stretches greys of fewer bits to 0 to 255
+                if mask.mode not in ("P", "L") or (mask.mode == "L" and bits != 8):
+                    found = f"greys of {bits} bits" if mask.mode == "L" else mask.mode
+                    raise DatasetError(f"{path}: a mask holds palette indices or 8-bit greys, not {found}")
                 if mask.size != (image.shape[2], image.shape[1]):
                     sizes = f"{mask.width} x {mask.height} pixels, its picture has {image.shape[2]} x {image.shape[1]}"
                     raise DatasetError(f"{path}: {sizes}")

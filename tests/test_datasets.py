@@ -3,6 +3,8 @@ masks and pixels alike."""
 
 import colorsys
 import json
+import struct
+import zlib
 from functools import partial
 
 import numpy as np
@@ -364,6 +366,22 @@ def test_what_is_wrong_with_a_mask_is_named(tmp_path, mask, message):
     with pytest.raises(DatasetError, match=message) as caught:
         VocSegmentation(tmp_path, "train")[0]
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mask_of_greys_of_four_bits(tmp_path):
+    """Pillow makes 17, 34, ... of their 1, 2, ...: other labels, of which the first is one of VOC's."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 6, 4, 4, 0, 0, 0, 0)
+    content = zlib.compress(b"\0\x11\x11\x11" * 4)
+    path = voc(tmp_path) / "SegmentationClass" / "2007_000001.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b""))
+    with pytest.raises(DatasetError, match="palette indices or 8-bit greys, not greys of 4 bits"):
+        VocSegmentation(tmp_path, "train")[0]
+    Image.fromarray(np.ones((4, 6), np.uint8)).save(path)
+    assert (VocSegmentation(tmp_path, "train")[0][1] == 1).all()
 
 
 @pytest.mark.parametrize(
