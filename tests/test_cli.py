@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mnv2_fused
-from mnv2_fused import benchmark, cli, digits, images
+from mnv2_fused import benchmark, cli_demo, cli_pictures, digits, images
 from mnv2_fused.cli import app
 from mnv2_fused.weights import random_model
 
@@ -220,13 +220,13 @@ def test_hostile_names_do_not_reach_the_terminal(folder, tmp_path):
 
 
 def test_an_interrupt_keeps_what_is_done(folder, monkeypatch):
-    predict = cli._predict
+    predict = cli_pictures._predict
 
     def interrupted(*args):
         yield next(predict(*args))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_predict", interrupted)
+    monkeypatch.setattr(cli_pictures, "_predict", interrupted)
     result = run("classify", folder / "pictures", "--weights", folder / "weights.pth", "--json", status=130)
     assert len(json.loads(result.stdout)["results"]) == 1
     assert "interrupted after 1 of 2" in result.stderr
@@ -372,7 +372,7 @@ def test_demo_digits_whose_process_fails(monkeypatch, tmp_path):
 
 def test_demo_photographs(tmp_path, monkeypatch):
     """The whole of it, but for the seconds of timing."""
-    monkeypatch.setattr(cli, "DEMO_SECONDS", 0.0)
+    monkeypatch.setattr(cli_demo, "DEMO_SECONDS", 0.0)
     result = run("demo", "photographs", "--plot", tmp_path / "demo.png")
     assert "plain PyTorch agree" in result.stdout and "Random weights" in result.stderr
     assert all(text in result.stdout for text in ("china.jpg", "flower.jpg", "eager channels_last"))
@@ -391,7 +391,7 @@ def test_demo_photographs_with_weights_and_labels(folder, tmp_path, measured):
 
 
 def test_demo_photographs_notices_a_disagreement(tmp_path, measured, monkeypatch):
-    monkeypatch.setattr(cli, "TOLERANCE", -1.0)
+    monkeypatch.setattr(cli_demo, "TOLERANCE", -1.0)
     result = run("demo", "photographs", "--plot", tmp_path / "demo.png", status=1)
     assert "DISAGREE" in result.stdout and "disagree" in result.stderr
 
