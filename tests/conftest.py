@@ -54,14 +54,21 @@ def poisoned_memory() -> Iterator[None]:
     mallopt(_M_PERTURB, 0)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """torch on one thread until the test asks for more; then back. Small shapes gain nothing by a second one, and
-    where the cores are busy every region of two threads waits for the scheduler."""
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """torch on one thread until a test asks for more, for what a module's tests share too. Small shapes gain nothing by
+    a second one, and where the cores are busy every region of two threads waits for the scheduler."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> Iterator[None]:
+    """Back to one thread after a test that has asked for more."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

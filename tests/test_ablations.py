@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 from mnv2_fused import MobileNetV2, ablations, digits
 from mnv2_fused.cli import app
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SETTING = ((1, 8, 1, 1), (6, 16, 3, 2), (6, 16, 1, 1))
 
 

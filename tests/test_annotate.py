@@ -18,8 +18,6 @@ from mnv2_fused.cli import app
 from mnv2_fused.datasets import normalize
 from mnv2_fused.weights import WeightsError, load_detector, load_segmenter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def saved(model: nn.Module, path: Path) -> Path:
     if path.suffix == ".pt":

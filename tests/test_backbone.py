@@ -19,8 +19,6 @@ import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2
 from mnv2_fused.network import same_padding
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STRIDES = (1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)  # of blocks 1 to 17, Table 2 of the paper
 # By output stride, the strides and rates that the reference's loop (research/slim/nets/mobilenet/mobilenet.py) leaves.
 # Its layer k is features[k - 1]; the layer whose stride is left out keeps the rate of those before.

@@ -39,8 +39,6 @@ from mnv2_fused.datasets import (
     without_crowds,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
-
 
 def same(a, b):
     if isinstance(a, dict):

@@ -22,8 +22,6 @@ from mnv2_fused.deeplab import VOC_SCALES, DeepLabV3
 from mnv2_fused.mobilenet_v1 import MobileNetV1
 from mnv2_fused.network import Conv2dSame
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Five blocks, as the head sits on the fifth map.
 tiny_backbone = partial(MobileNetV2, inverted_residual_setting=[(1, 8, 1, 1), *[(3, 8, 1, 2)] * 4])
 

@@ -9,7 +9,6 @@ from steps import Ran
 
 from mnv2_fused import digits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
 
 

@@ -21,8 +21,6 @@ from typer.testing import CliRunner
 PATH = Path(__file__).resolve().parents[1] / "bench/gpu.py"
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:

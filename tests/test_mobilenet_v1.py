@@ -16,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnv2_fused
 from mnv2_fused.mobilenet_v1 import MobileNetV1, mobilenet_v1
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def settled(width_mult: float = 0.25, **options: object) -> MobileNetV1:
     torch.manual_seed(0)

@@ -12,8 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GRID = json.loads(Path(__file__).with_name("data").joinpath("classification_grid.json").read_text())["rows"]
 
 

@@ -14,7 +14,6 @@ from mnv2_fused.cli import app
 for package in ("faster_coco_eval", "torchmetrics", "matplotlib"):
     pytest.importorskip(package, reason="scores and plots need the packages of the extras det, seg and demo")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = {
     "detection": shapes.TASKS["detection"]._replace(size=96, images=128, epochs=5),

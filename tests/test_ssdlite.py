@@ -32,8 +32,6 @@ from mnv2_fused.ssdlite import (
     match_anchors,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOLERANCE = 2e-5  # relative norm of float32 heads, with room for 60 layers
 GRIDS_320 = [(20, 20), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from mnv2_fused import DeepLabV3, MobileNetV2, SSDLite
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class System(nn.Module):
     """A task's network from images to all its numbers in rows, before what is discrete."""

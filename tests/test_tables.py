@@ -11,8 +11,6 @@ from typer.testing import CliRunner
 from mnv2_fused import tables
 from mnv2_fused.cli import app
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def columns(table: tables.Table, *names: str) -> list[tuple]:
     return [tuple(row[table.columns.index(name)] for name in names) for row in table.rows]

@@ -56,8 +56,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2, ops, training
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 X, EXPAND, DEPTHWISE, PROJECT = ops.WANT_X, ops.WANT_EXPAND, ops.WANT_DEPTHWISE, ops.WANT_PROJECT
 VARIED_LAYOUTS = ("channels_last", "contiguous", "transposed", "channel_slice", "crop")  # no value is repeated
 

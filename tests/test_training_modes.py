@@ -53,9 +53,6 @@ from torch.utils.checkpoint import checkpoint
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2, ops, peers, tasks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ------------------------------------------------------------------------------------------------------------ compiled
 
 
