@@ -95,10 +95,11 @@ def test_threads_in_another_order(emulated: None, order: str, kind: str, monkeyp
         assert torch.equal(op(*tensors, *raw(block), kind == "tf32"), usual), (block, kind)
 
 
-def test_nothing_is_touched_outside_the_tensors(emulated: None) -> None:
+@pytest.mark.parametrize("pairs", [[], pytest.param(["all"], marks=pytest.mark.exhaustive)], ids=["some", "all"])
+def test_nothing_is_touched_outside_the_tensors(emulated: None, pairs: list[str]) -> None:
     """In a process of its own, on tensors that lie against unmapped pages; shared memory always does."""
     script = Path(__file__).with_name("guarded_pages.py")
-    done = subprocess.run([sys.executable, script, "emulated"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "emulated", *pairs], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-500:]}"
 
 
@@ -185,15 +186,15 @@ def test_models(device: str, name: str, kind: str, monkeypatch: pytest.MonkeyPat
     # On the CPU eager knows no TF32: float16 has as many digits.
     alike = torch.float16 if kind == "tf32" else dtype_of(kind)
     eager.to(alike)
+    truth, plain = exact(x.double()), eager(x.to(alike))
+    features = exact.forward_features(x.double()), eager.forward_features(x.to(alike))
     for image in (x, x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, : size[1]]):
         given = image.to(device)
         assert model.why_not_fused(given) == ""
         y = model(given)
-        check(y.cpu(), exact(image.double()), eager(image.to(alike)))
+        check(y.cpu(), truth, plain)
         assert torch.equal(model(given), y)
-        features = eager.forward_features(image.to(alike))
-        check(model.forward_features(given).cpu(), exact.forward_features(image.double()), features)
-    truth = exact(x.double())
+        check(model.forward_features(given).cpu(), *features)
     assert float((truth - truth[:1]).norm()) > 0.02 * float(truth.norm()) or len(x) == 1, "all images look alike"
     assert model(x[:0].to(device)).shape == (0, y.shape[1])
 

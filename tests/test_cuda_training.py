@@ -148,7 +148,8 @@ def check_gradients(call: Op, block: Block, kind: str) -> None:
     table = torch.stack([one, bd.float(), zero, one, zero, zero])
     arguments = dz, x, we, be, wd, wp, table, *geometry, 31, kind == "tf32"
     found = call("block_gradients", *arguments)
-    assert all(torch.equal(a, b) for a, b in zip(call("block_gradients", *arguments), found, strict=True)), block
+    if block.hidden_channels < 200 or not ops.why_no_cuda():  # emulated, the wider ones take seconds
+        assert all(torch.equal(a, b) for a, b in zip(call("block_gradients", *arguments), found, strict=True)), block
     check(found[0], dx, kind, (block, "dx"))
     if block.expand:
         check(found[1], dwe.flatten(1).T, kind, (block, "expand"))
@@ -167,11 +168,11 @@ def check_gradients(call: Op, block: Block, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("block", "kind"),
-    [  # the widest take seconds each
+    [  # the widest take seconds each: one in 16 bits, one in 32
         pytest.param(block, kind, id=f"{block.id}-{kind}", marks=[pytest.mark.exhaustive] if slow else [])
         for block in NETWORK
         for kind in TYPES
-        for slow in [block.hidden_channels > 600 and kind not in ("float16", "float32")]
+        for slow in [block.hidden_channels > 600 and kind != ("float32" if block.residual else "float16")]
     ],
 )
 def test_gradients_of_the_networks_blocks(call: Op, block: Block, kind: str) -> None:
