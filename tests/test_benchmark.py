@@ -43,9 +43,6 @@ class _Says:
         return self.answer, ""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # which also puts back what the runners set
-
-
 @pytest.fixture(scope="module")
 def small() -> tuple[mnv2_fused.MobileNetV2, torch.Tensor]:
     """A narrow network, and two images whose sizes are odd and even, and differ."""
@@ -216,11 +213,21 @@ def test_another_network_is_timed_at_its_own_size():
     assert result.title == "SSDLite 0.35/320, float32, batch 1, 1 thread"
 
 
-def test_forced_kernel(float32_kernel, monkeypatch):
-    monkeypatch.delenv("MNV2_FUSED_KERNEL")
-    options = Options(**SMALL, rounds=1, runners=("fused",), memory=False, kernel=float32_kernel.name)
-    result = benchmark.run(options)
-    assert result["fused"].error == "" and result["fused"].version.endswith(float32_kernel.name)
+FLOAT32_ROWS = [row for row in mnv2_fused.kernels() if row.dtype == torch.float32]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [  # one that would not be chosen is enough: processes take seconds to start
+        pytest.param(row, id=row.name, marks=[] if row == FLOAT32_ROWS[-1] else [pytest.mark.exhaustive])
+        for row in FLOAT32_ROWS
+    ],
+)
+def test_forced_kernel(row):
+    if not row.supported:
+        pytest.skip(f"{row.name}: {row.reason}")
+    result = benchmark.run(Options(**SMALL, rounds=1, runners=("fused",), memory=False, kernel=row.name))
+    assert result["fused"].error == "" and result["fused"].version.endswith(row.name)
     assert result.peak_kernel == benchmark.best_kernel()  # the machine's limit, whichever row runs
 
 
