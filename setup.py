@@ -44,6 +44,7 @@ NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 ISA_FLAGS = {
     "csrc/cpu/avx2.cpp": "-mavx2 -mfma",
     "csrc/cpu/avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma",
+    "csrc/cpu/avx512_bf16.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma",
 }
 
 

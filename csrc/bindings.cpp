@@ -53,10 +53,11 @@ py::list table() {
 }
 
 std::string selected(const std::string& dtype) {
-  for (const Dtype d : {Dtype::kFloat32, Dtype::kFloat64}) {
+  for (const Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16}) {
     if (dtype == dtype_name(d)) return select_kernel(d).name;
   }
-  throw std::invalid_argument("no kernel computes in " + dtype + "; there are kernels for float32 and float64");
+  throw std::invalid_argument("no kernel computes in " + dtype +
+                              "; there are kernels for float32, float64 and bfloat16");
 }
 
 double fma_peak(const std::string& name, double seconds) {

@@ -9,14 +9,19 @@
 //
 // Activations are NHWC, rows of a tensor without gaps. h and d exist for a few rows, or a few channels, at a time.
 //
+// With 16-bit activations everything is added up in float32, and so are biases, taps and h; x, d, y and the matrices
+// are 16 bits wide, and rounded once. Two neighbours of a sum then share a slot of 32 bits, and the last one of an odd
+// number has a zero beside it in the matrix. Offsets and sizes of weights and of working memory count float32s.
+//
 // Packed weights. A 1x1 or dense 3x3 convolution K -> N is cut into panels of `panel` output channels, each stored
 // [K][panel] (the last one narrower, a multiple of `lanes`), so that panel n0 begins at n0 * K and a register tile
-// reads it front to back; K runs over (channel, ky, kx) as in PyTorch's weight. A depthwise one is [C /
-// lanes][9][lanes]. The bias follows. Channels are padded with zeros to a multiple of `lanes`. A block's projection may
+// reads it front to back; K runs over (channel, ky, kx) as in PyTorch's weight, and counts slots: a 3x3 has whole ones
+// in each of its rows. A depthwise one is [C / lanes][9][lanes]. The bias follows. Channels are padded with zeros to a multiple of `lanes`. A block's projection may
 // end in a panel of one and a half vectors, which would waste a quarter of its multiply-adds: see paired_panel.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace mnv2_fused {
 
@@ -61,7 +66,8 @@ struct Step {
   int groups, group_channels, d_stride;
   const int32_t* pixel_offsets;  // of each pixel of the ring rows, row-major, in elements; tile_m entries wrap around
 
-  int64_t d_offset, rows_offset, image_offset, scratch_size;  // in a worker's scratch, in elements (ring at 0)
+  // In a worker's scratch (ring at 0). `sums` are of the groups so far, where y is narrower than they.
+  int64_t d_offset, rows_offset, image_offset, sums_offset, scratch_size;
 };
 
 // The image as the caller has it, in elements.
@@ -70,19 +76,39 @@ struct Image {
   int64_t stride_channel, stride_row, stride_column;
 };
 
-enum class Dtype : int { kFloat32, kFloat64 };
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// To the nearest, of two as near to the even one; NaN stays NaN. Static, as the linker must not share it between ISAs.
+static inline BFloat16 round_to_bfloat16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if (value != value) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+static inline float widen(BFloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, 4);
+  return wide;
+}
 
 // What an ISA fixes about layouts and register tiles.
 struct Tiles {
   int lanes, panel, tile_m;
+  int slot;    // values of a sum in one slot
   bool pairs;  // has the tile for paired panels
 };
 
 // Whether the last panel of a projection is stored as [k / 2][3][lanes / 2 channels][2]: three vectors that each hold
-// half as many channels for two inputs, whose sums are added at the end. The same channels in two vectors, the second
+// half as many channels for two inputs (or slots of them), whose sums are added at the end. The same channels in two vectors, the second
 // one half empty, would take four multiply-adds for every two inputs instead of three.
 static constexpr bool paired_panel(const Tiles& tiles, int64_t channels, int64_t k) {
-  return tiles.pairs && channels > tiles.lanes && channels <= tiles.lanes * 3 / 2 && k % 2 == 0;
+  return tiles.pairs && channels > tiles.lanes && channels <= tiles.lanes * 3 / 2 && k % (2 * tiles.slot) == 0;
 }
 
 // A block in training. Nothing of the expanded size exists beyond a few rows of one panel of hidden channels: every
@@ -133,7 +159,8 @@ struct TrainingPass {
 // Kernel::moments takes so many pixels at once, less their mean.
 constexpr int kMomentPixels = 256;
 
-// One row of the kernel table. Every pointer is to the row's dtype; sizes and offsets are in elements.
+// One row of the kernel table. Every pointer is to the row's dtype, those to weights, scratch, zeros and partial sums to
+// what it adds up in; sizes and offsets are in elements. A row without `train` is for inference alone.
 struct Kernel {
   const char* name;
   Dtype dtype;

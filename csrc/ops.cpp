@@ -69,7 +69,7 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
   const Program& program = prepared.program;
   STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
                   " channels, got ", shape_of(input));
-  STD_TORCH_CHECK(dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype), ", which ",
+  STD_TORCH_CHECK(inference_dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype), ", which ",
                   plan.kernel->name, " computes in");
   const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
   const Tensor x = any_strides ? input : torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
@@ -89,16 +89,34 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
   return y;
 }
 
+// Weights in what a row adds up in: those of 16 bits widened, which the second argument keeps.
+const void* widened(const Tensor& t, std::deque<std::vector<float>>& kept) {
+  if (t.scalar_type() != ScalarType::BFloat16) return t.data_ptr();
+  const auto* from = static_cast<const BFloat16*>(t.data_ptr());
+  std::vector<float>& wide = kept.emplace_back(size_t(t.numel()));
+  std::transform(from, from + t.numel(), wide.begin(), widen);
+  return wide.data();
+}
+
+// Of packed weights, by what a row adds up in; a slot of two 16-bit numbers goes as one of these.
+ScalarType packed_type(Dtype dtype) { return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+Tensor new_packed(int64_t size, Dtype dtype, const Tensor& like) {
+  return new_tensor({size}, like, MemoryFormat::Contiguous, packed_type(dtype));
+}
+
 Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   const Plan plan = parse(integers);
   check_weights(weights, plan.layers);
   STD_TORCH_CHECK(weights.is_cpu(), "weights must be on the CPU");
-  STD_TORCH_CHECK(dtype_of(weights, "weights") == plan.kernel->dtype, "weights must be ",
-                  dtype_name(plan.kernel->dtype));
-  const int64_t element = int64_t(weights.element_size());
+  const Dtype dtype = plan.kernel->dtype, given = inference_dtype_of(weights, "weights");
+  STD_TORCH_CHECK(given == dtype || (dtype == Dtype::kBFloat16 && given == Dtype::kFloat32), "weights must be ",
+                  dtype_name(dtype), dtype == Dtype::kBFloat16 ? " or float32" : "");
+  const int64_t element = sum_size(dtype);
   const int64_t packed_size = plan.packed_size();
-  const Tensor packed = new_tensor({packed_size}, weights, MemoryFormat::Contiguous);
-  const char* from = static_cast<const char*>(weights.data_ptr());
+  const Tensor packed = new_packed(packed_size, dtype, weights);
+  std::deque<std::vector<float>> kept;
+  const char* from = static_cast<const char*>(widened(weights, kept));
   char* to = static_cast<char*>(packed.data_ptr());
   advise_huge_pages(to, size_t(packed_size * element));
   for (const Layer& layer : plan.layers) {
@@ -116,9 +134,9 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
 void check_packed(const Tensor& packed, const Plan& plan) {
   const int64_t size = plan.packed_size();
   STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == size && packed.is_contiguous() && packed.is_cpu() &&
-                      dtype_of(packed, "packed") == plan.kernel->dtype,
+                      packed.scalar_type() == packed_type(plan.kernel->dtype),
                   "packed must be what mnv2_fused::pack returned for this plan: ", size, " elements of ",
-                  dtype_name(plan.kernel->dtype));
+                  plan.kernel->dtype == Dtype::kFloat64 ? "float64" : "float32");
 }
 
 Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
@@ -149,7 +167,7 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
                          bool project_relu6, bool /*tf32*/) {
   const BlockWeights w(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
                        padding);
-  const Dtype dtype = dtype_of(x, "x");
+  const Dtype dtype = inference_dtype_of(x, "x");
   const Kernel& kernel = select_kernel(dtype);
   int64_t index = 0;
   while (kernels()[index] != &kernel) ++index;
@@ -157,8 +175,11 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
                                  padding[2], padding[3], w.expand, residual, project_relu6},
                                 x);
   const Layer& layer = prepared->plan.layers[0];
-  const Tensor packed = new_tensor({packed_size(layer, kernel.tiles)}, x, MemoryFormat::Contiguous);
-  pack(layer, kernel.tiles, dtype, w.pointers().data(), packed.data_ptr());
+  const Tensor packed = new_packed(packed_size(layer, kernel.tiles), dtype, x);
+  std::deque<std::vector<float>> kept;
+  std::vector<const void*> weights;
+  for (const Tensor& t : w.tensors) weights.push_back(widened(t, kept));
+  pack(layer, kernel.tiles, dtype, weights.data(), packed.data_ptr());
   return execute(*prepared, x, packed.data_ptr());
 }
 

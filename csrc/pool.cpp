@@ -104,7 +104,7 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& shape, MemoryFormat 
 }  // namespace
 
 Tensor new_cpu_tensor(const std::vector<int64_t>& shape, ScalarType dtype, MemoryFormat format) {
-  int64_t bytes = dtype == ScalarType::Double ? 8 : 4;
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   for (const int64_t n : shape) bytes *= n;
   if (bytes < kSmallest || !torch_from_blob) {
     return torch::stable::empty(shape, dtype, std::nullopt, std::nullopt, std::nullopt, format);

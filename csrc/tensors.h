@@ -59,6 +59,14 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
   return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
 }
 
+// Of inference, which knows one more.
+inline Dtype inference_dtype_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16, name,
+                  " must be float32, float64 or bfloat16; these kernels compute in no other dtype");
+  return type == ScalarType::BFloat16 ? Dtype::kBFloat16 : dtype_of(t, name);
+}
+
 inline void check_size(const Tensor& t, const char* name, const std::vector<int64_t>& expected) {
   bool fits = t.dim() == int64_t(expected.size());
   for (size_t i = 0; fits && i < expected.size(); ++i) fits = t.size(i) == expected[i];
@@ -87,7 +95,7 @@ inline Tensor weight_of(const Tensor& t, const char* name, const Tensor& x, cons
   return torch::stable::contiguous(t);
 }
 
-// float32 or float64; large ones of kept memory (pool.cpp).
+// float32, float64 or bfloat16; large ones of kept memory (pool.cpp).
 Tensor new_cpu_tensor(const std::vector<int64_t>& shape, ScalarType dtype, MemoryFormat format);
 
 inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, MemoryFormat format,

@@ -188,7 +188,7 @@ def _fold(module: nn.Module, bn: nn.BatchNorm2d | None) -> Iterator[Tensor]:
 
 
 class Arithmetic(NamedTuple):
-    """What a call computes in: the dtype of x, or where autocast is at work on a GPU that which it asks for."""
+    """What a call computes in: the dtype of x, or where autocast is at work that which it asks for."""
 
     device: str
     dtype: torch.dtype
@@ -198,7 +198,7 @@ class Arithmetic(NamedTuple):
 
 def arithmetic(x: Tensor) -> Arithmetic:
     device = ops.device_type(x)
-    autocast = device == "cuda" and x.dtype in ops.DTYPES[device] and is_autocast_enabled(device)
+    autocast = x.dtype in ops.DTYPES[device] and x.dtype != torch.float64 and is_autocast_enabled(device)
     dtype = get_autocast_dtype(device) if autocast else x.dtype
     return Arithmetic(device, dtype, autocast, ops.uses_tf32(x) and dtype == torch.float32)
 
@@ -246,7 +246,7 @@ class _Packing:
             self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
             self._stages, self._same = stages, any(stage.same for stage in stages)
             weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
-            packed_from = torch.float32 if device == "cuda" else dtype  # there they are rounded while they are packed
+            packed_from = dtype if dtype == torch.float64 else torch.float32  # others are rounded while they are packed
             self.packed = torch.ops.mnv2_fused.pack(weights.to(packed_from), self.plan)
             if self.packed.is_cuda:  # whatever stream the next call is on
                 self.stream = torch.cuda.current_stream(self.packed.device)
@@ -263,7 +263,8 @@ class _Packing:
         asked = self.arithmetic
         for needed in (dtype, asked.dtype):
             expect(needed in ops.DTYPES[kind], f"no kernel for {needed} on {device}")
-        expect(asked.autocast or asked.dtype == dtype, f"the input is {asked.dtype}, the weights are {dtype}")
+        same = asked.dtype == dtype or (asked.autocast and dtype != torch.float64)  # which autocast leaves alone
+        expect(same, f"the input is {asked.dtype}, the weights are {dtype}")
 
     def plan_for(self, x: Tensor) -> list[int]:
         if not self._same:
@@ -405,8 +406,6 @@ def why_no_op(x: Tensor) -> str:
     plain = is_compiling() or (type(x) in (Tensor, nn.Parameter) and 0 not in x.shape[1:])
     if not plain or x.dim() != 4 or ops.device_type(x) not in ops.DTYPES:
         return "the input is no plain tensor [N, C, H, W] with pixels on the CPU or a CUDA device"
-    if ops.device_type(x) == "cpu" and is_autocast_enabled("cpu"):
-        return "autocast asks for another dtype"
     if x.is_cuda and (reason := ops.no_cuda(x.device.index)):
         return reason
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:

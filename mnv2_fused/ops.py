@@ -66,9 +66,10 @@ def inverted_residual(
     al., CVPR 2018, section 3 and Table 1.
 
     Args:
-        x: [N, C_in, H, W], any strides; channels_last is read as it is, others are copied. On the CPU float32 or
-            float64; on CUDA float16, bfloat16 or float32 (its products rounded to TF32 where
-            torch.backends.cudnn.allow_tf32 is set, as it is by default). Weights are of its dtype, or float32.
+        x: [N, C_in, H, W], any strides; channels_last is read as it is, others are copied. On the CPU float32,
+            float64 or, where no gradients are asked for, bfloat16; on CUDA float16, bfloat16 or float32 (its products
+            rounded to TF32 where torch.backends.cudnn.allow_tf32 is set, as it is by default). Weights are of its
+            dtype, or float32 beside one of 16 bits, whose sums are float32.
         expand_weight, expand_bias: [C_hid, C_in, 1, 1] and [C_hid]; both None for expansion factor 1 (C_hid = C_in).
         depthwise_weight, depthwise_bias: [C_hid, 1, 3, 3] and [C_hid].
         project_weight, project_bias: [C_out, C_hid, 1, 1] and [C_out].
@@ -90,6 +91,9 @@ def inverted_residual(
     if isinstance(padding, int) and not isinstance(padding, bool):
         padding = (padding,) * 4
     _output_shape(*arguments, stride, dilation, padding, residual)
+    if x.dtype not in TRAINING_DTYPES[_kernels_of(x)] and torch.is_grad_enabled():
+        if any(t is not None and t.requires_grad for t in arguments):
+            raise ValueError(f"x must be {_names(TRAINING_DTYPES[_kernels_of(x)])} for gradients, got {x.dtype}")
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual)
         return inverted_residual_reference(*arguments, **options, project_relu6=project_relu6)
@@ -97,12 +101,22 @@ def inverted_residual(
 
 
 _HALVES = (torch.float16, torch.bfloat16)
-DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
+TRAINING_DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
+DTYPES = TRAINING_DTYPES | {"cpu": (torch.float32, torch.float64, torch.bfloat16)}  # of inference
 
 
 def device_type(x: Tensor) -> str:
     """The device for which there are kernels or not; tests that emulate one put it here."""
     return x.device.type
+
+
+def _kernels_of(x: Tensor) -> str:
+    return "cuda" if device_type(x) == "cuda" else "cpu"
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(most)} or {last}"
 
 
 def uses_tf32(x: Tensor) -> bool:
@@ -142,10 +156,8 @@ def _output_shape(
         raise ValueError(f"x must be on the CPU or a CUDA device, which there are kernels for, got {x.device}")
     if x.is_cuda and (reason := no_cuda(x.device.index)):
         raise ValueError(f"x is on {x.device}: {reason}")
-    dtypes = DTYPES["cuda" if device_type(x) == "cuda" else "cpu"]
-    if x.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"x must be {names}, which there are kernels for, got {x.dtype}")
+    if x.dtype not in DTYPES[_kernels_of(x)]:
+        raise ValueError(f"x must be {_names(DTYPES[_kernels_of(x)])}, which there are kernels for, got {x.dtype}")
     batch, channels, height, width = x.shape
     _check_tensor("depthwise_weight", depthwise_weight, ("C_hid", 1, 3, 3), x)
     hidden = depthwise_weight.shape[0]
@@ -407,7 +419,8 @@ def _walk(x: Tensor, plan: list[int]) -> tuple[list[int], int]:
 
 @torch.library.register_fake("mnv2_fused::pack")
 def _(weights, plan):
-    return weights.new_empty(torch.library.get_ctx().new_dynamic_size())  # the kernel's padding is known to C++ alone
+    size = torch.library.get_ctx().new_dynamic_size()  # the kernel's padding is known to C++ alone
+    return weights.new_empty(size, dtype=torch.float64 if weights.dtype == torch.float64 else torch.float32)
 
 
 @torch.library.register_fake("mnv2_fused::network")

@@ -1,4 +1,4 @@
-// The AVX2 + FMA row of the kernel table: only what this ISA changes.
+// The AVX2 + FMA rows of the kernel table: only what this ISA changes.
 #include <immintrin.h>
 
 #include "../inverted_residual.h"
@@ -11,6 +11,7 @@ namespace {
 
 struct Float32 {
   using T = float;
+  using X = float;
   using V = __m256;
   static constexpr int kLanes = 8;
   // 12 accumulators, 3 weight vectors and the broadcast pixel: all 16 registers. 24 divides every expanded width.
@@ -46,11 +47,58 @@ struct Float32 {
   static V min(V a, V b) { return _mm256_min_ps(a, b); }
 };
 
+// bfloat16 in memory, widened in registers.
+struct Float16 : Float32 {
+  using X = BFloat16;
+  // 8 accumulators, two halves of 2 weight vectors and of the broadcast slot: 14 registers.
+  static constexpr int kTileM = 4, kTileN = 2;
+  using Float32::broadcast_load, Float32::load, Float32::load_n, Float32::store, Float32::store_n;
+
+  static __m256i bits(V v) { return _mm256_castps_si256(v); }
+  static V widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+  // To the nearest, of two as near to the even one; of NaN the quiet one with its upper bits.
+  static __m128i rounded(V v) {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits(v), 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits(v), _mm256_set1_epi32(0x7fff)), odd);
+    const V quiet = _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
+    const V value = _mm256_blendv_ps(_mm256_castsi256_ps(up), quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(bits(value), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+  static V load(const X* p) { return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static V load_n(const X* p, int n) {
+    X all[kLanes] = {};
+    __builtin_memcpy(all, p, n * sizeof(X));
+    return load(all);
+  }
+  static void store(X* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded(v)); }
+  static void store_n(X* p, V v, int n) {
+    X all[kLanes];
+    store(all, v);
+    __builtin_memcpy(p, all, n * sizeof(X));
+  }
+  // A slot, the first value in its low half.
+  static V broadcast_load(const X* p) {
+    int32_t slot;
+    __builtin_memcpy(&slot, p, 4);
+    return _mm256_castsi256_ps(_mm256_set1_epi32(slot));
+  }
+  static V broadcast_half(const X* p) { return _mm256_castsi256_ps(_mm256_set1_epi32(p->bits)); }
+  static V low(V slots) { return _mm256_castsi256_ps(_mm256_slli_epi32(bits(slots), 16)); }
+  static V high(V slots) {
+    return _mm256_castsi256_ps(_mm256_and_si256(bits(slots), _mm256_set1_epi32(int(0xffff0000))));
+  }
+  static V dot(V a, V b, V c) {
+    return _mm256_fmadd_ps(high(a), high(b), _mm256_fmadd_ps(low(a), low(b), c));
+  }
+};
+
 const char* const kFeatures[] = {"avx2", "fma", nullptr};
 
 }  // namespace
 
-extern const Kernel kernel_f32;
+extern const Kernel kernel_f32, kernel_bf16;
 const Kernel kernel_f32 = Training<Float32>::kernel("avx2_f32", Dtype::kFloat32, kFeatures);
+const Kernel kernel_bf16 = Forward<Float16>::kernel("avx2_bf16", Dtype::kBFloat16, kFeatures);
 
 }  // namespace mnv2_fused::avx2

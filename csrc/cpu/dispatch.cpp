@@ -9,11 +9,14 @@ namespace mnv2_fused {
 namespace avx512 {
 extern const Kernel kernel_f32;
 }
+namespace avx512_bf16 {
+extern const Kernel kernel_bf16;
+}
 namespace avx2 {
-extern const Kernel kernel_f32;
+extern const Kernel kernel_f32, kernel_bf16;
 }
 namespace scalar {
-extern const Kernel kernel_f32, kernel_f64;
+extern const Kernel kernel_f32, kernel_f64, kernel_bf16;
 }
 
 const std::vector<const Kernel*>& kernels() {
@@ -22,6 +25,9 @@ const std::vector<const Kernel*>& kernels() {
       &avx2::kernel_f32,
       &scalar::kernel_f32,
       &scalar::kernel_f64,
+      &avx512_bf16::kernel_bf16,
+      &avx2::kernel_bf16,
+      &scalar::kernel_bf16,
   };
   return table;
 }
@@ -32,10 +38,17 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
       {"avx2", __builtin_cpu_supports("avx2")},         {"fma", __builtin_cpu_supports("fma")},
       {"avx512f", __builtin_cpu_supports("avx512f")},   {"avx512bw", __builtin_cpu_supports("avx512bw")},
       {"avx512dq", __builtin_cpu_supports("avx512dq")}, {"avx512vl", __builtin_cpu_supports("avx512vl")},
+      {"avx512_bf16", __builtin_cpu_supports("avx512bf16")},
   };
 }
 
-const char* dtype_name(Dtype dtype) { return dtype == Dtype::kFloat32 ? "float32" : "float64"; }
+const char* dtype_name(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? "float32" : dtype == Dtype::kFloat64 ? "float64" : "bfloat16";
+}
+
+int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kFloat64 ? 8 : 2; }
+
+int64_t sum_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
 std::string why_unsupported(const Kernel& kernel) {
   static const auto features = cpu_features();

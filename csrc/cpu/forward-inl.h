@@ -5,13 +5,19 @@
 // a ring, a panel of channels at a time, filters that panel into d while it is in L1, and projects the stripe.
 // The order in which an output element's products are added depends on its place in the tensor only, never on the tile
 // or the thread that computes it.
+//
+// T is what is added up, biases, taps and h are; X is what x, y and d are, T itself or a type half as wide. Where it is
+// narrower a slot, as wide as a T, holds two neighbours of a sum, in an activation and in a matrix alike, and
+// Isa::dot(a, b, c) adds both products.
 #define MNV2_INLINE inline __attribute__((always_inline))
 #define MNV2_UNROLL _Pragma("GCC unroll 32")
 
 template <class Isa>
 struct Forward {
   using T = typename Isa::T;
+  using X = typename Isa::X;
   using V = typename Isa::V;
+  static constexpr int kSlot = sizeof(T) / sizeof(X);  // values of X
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kTileM = Isa::kTileM;  // pixels of a matrix tile
   static constexpr int kTileN = Isa::kTileN;  // vectors of output channels of a matrix tile
@@ -19,11 +25,19 @@ struct Forward {
   static constexpr int kLine = 64 / sizeof(T);             // elements of a cache line
   static constexpr int kRows = Isa::kDepthwiseRows;        // output rows and
   static constexpr int kColumns = Isa::kDepthwiseColumns;  // columns of a depthwise tile
-  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, Isa::kPairs};
+  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, kSlot, Isa::kPairs};
 
   static int ceil_div(int a, int b) { return (a + b - 1) / b; }
   static int min(int a, int b) { return a < b ? a : b; }
   static int max(int a, int b) { return a > b ? a : b; }
+  static constexpr int slots(int values) { return (values + kSlot - 1) / kSlot; }
+  static MNV2_INLINE V multiply_add(V a, V b, V c) {
+    if constexpr (kSlot == 1) {
+      return Isa::fmadd(a, b, c);
+    } else {
+      return Isa::dot(a, b, c);
+    }
+  }
   static V relu6(V v) { return Isa::min(Isa::broadcast(T(6)), Isa::max(Isa::broadcast(T(0)), v)); }
 
   // ---------------------------------------------------------------------------------------------- matrix tile
@@ -31,23 +45,25 @@ struct Forward {
   // Pixels as rows: K is `segments` runs of `k` consecutive elements (one for a 1x1, channels x 3 for a dense 3x3),
   // run s of pixel m beginning at segment[s] + offset + m * pixel_stride.
   struct Pixels {
-    const T* const* segment;
+    const X* const* segment;
     int segments, k;
     int64_t offset, pixel_stride;
   };
 
   // Where and how a tile of outputs goes.
-  struct Outputs {
-    T* y;
+  template <class Y>
+  struct OutputsTo {
+    Y* y;
     const int32_t* offset;  // of each pixel, for the ring of h
     int64_t pixel_stride;   // otherwise
-    const T* residual;      // null, or x laid out as y
-    bool accumulate, relu6;
+    const X* residual;      // null, or x laid out as y
+    const T* sums;          // null, or what is added to, laid out as y and maybe y itself
+    bool relu6;
     int tail;  // elements of the last vector that exist, 0 for all
     // Weights that are read next and would come from far away: so many elements. Null where they are in cache.
     const T* ahead = nullptr;
     int64_t ahead_size = 0;
-    // They are fetched along the way, so far for every k of a tile: all at once they would fill the core's queue of
+    // They are fetched along the way, so far for every slot of a tile: all at once they would fill the core's queue of
     // misses, and it would wait.
     int64_t ahead_step = 0;
 
@@ -57,9 +73,11 @@ struct Forward {
       } else {
         y += pixels * pixel_stride;
         if (residual) residual += pixels * pixel_stride;
+        if (sums) sums += pixels * pixel_stride;
       }
     }
   };
+  using Outputs = OutputsTo<T>;
   static constexpr int64_t kNextLayer = (64 << 10) / sizeof(T);  // of its weights, all of them in the early layers
 
   template <int Value>
@@ -73,27 +91,31 @@ struct Forward {
     const int64_t stride = pixels.pixel_stride, ahead_step = out.ahead_step;
     const T* ahead = out.ahead;
     for (int s = 0; s < pixels.segments; ++s) {
-      const T* p[kPointers];
+      const X* p[kPointers];
       MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[s] + pixels.offset + 3 * i * stride;
-      const auto steps = [&](auto count) __attribute__((always_inline)) {
+      const auto steps = [&](auto count, auto broadcast) __attribute__((always_inline)) {
         // Without this the compiler keeps a pointer for every pixel and spills them.
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i) asm volatile("" : "+r"(p[i]));
         MNV2_UNROLL for (int j = 0; j < count.value; ++j) {
           V b[N];
           MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::load(w + n * kLanes);
           MNV2_UNROLL for (int m = 0; m < M; ++m) {
-            const V a = Isa::broadcast_load(p[m / 3] + (m % 3) * stride + j);
-            MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::fmadd(a, b[n], acc[m][n]);
+            const V a = broadcast(p[m / 3] + (m % 3) * stride + j * kSlot);
+            MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = multiply_add(a, b[n], acc[m][n]);
           }
           w += N * kLanes;
           __builtin_prefetch(ahead);
           ahead += ahead_step;
         }
-        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += count.value;
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += count.value * kSlot;
       };
+      const auto slot = [](const X* x) __attribute__((always_inline)) { return Isa::broadcast_load(x); };
       int k = pixels.k;
-      for (; k >= 2; k -= 2) steps(Count<2>());  // 3% faster than one by one; four are no better than two
-      if (k) steps(Count<1>());
+      for (; k >= 2 * kSlot; k -= 2 * kSlot) steps(Count<2>(), slot);  // 3% faster than one by one; four are no better
+      if (k >= kSlot) steps(Count<1>(), slot);
+      if constexpr (kSlot > 1) {  // half a slot: what follows in memory is not part of the sum
+        if (k % kSlot) steps(Count<1>(), [](const X* x) __attribute__((always_inline)) { return Isa::broadcast_half(x); });
+      }
     }
   }
 
@@ -107,6 +129,7 @@ struct Forward {
 
   // relu6 of the product into the ring of h.
   struct Hidden {
+    using Out = Outputs;
     template <int M, int N>
     static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
       V acc[M][N];
@@ -120,9 +143,11 @@ struct Forward {
   };
 
   // The product into a tensor: partial sums, residual and activation as asked for.
-  struct Output {
+  template <class Y>
+  struct OutputTo {
+    using Out = OutputsTo<Y>;
     template <int M, int N>
-    static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
+    static void tile(const Pixels& pixels, const T* w, const T* bias, const Out& out) {
       V acc[M][N];
       begin<M, N>(acc, bias);
       multiply<M, N>(acc, pixels, w, out);
@@ -130,8 +155,8 @@ struct Forward {
     }
 
     template <int M, int N>
-    static MNV2_INLINE void finish(V (&acc)[M][N], const Outputs& out) {
-      if (out.accumulate) add<M, N>(acc, out.y, out);
+    static MNV2_INLINE void finish(V (&acc)[M][N], const Out& out) {
+      if (out.sums) add<M, N>(acc, out.sums, out);
       if (out.residual) add<M, N>(acc, out.residual, out);
       if (out.relu6) {
         MNV2_UNROLL for (int m = 0; m < M; ++m) {
@@ -139,7 +164,7 @@ struct Forward {
         }
       }
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
-        T* y = out.y + m * out.pixel_stride;
+        Y* y = out.y + m * out.pixel_stride;
         MNV2_UNROLL for (int n = 0; n < N - 1; ++n) Isa::store(y + n * kLanes, acc[m][n]);
         if (out.tail) {
           Isa::store_n(y + (N - 1) * kLanes, acc[m][N - 1], out.tail);
@@ -149,40 +174,44 @@ struct Forward {
       }
     }
 
-    template <int M, int N>
-    static MNV2_INLINE void add(V (&acc)[M][N], const T* from, const Outputs& out) {
+    template <int M, int N, class From>
+    static MNV2_INLINE void add(V (&acc)[M][N], const From* from, const Out& out) {
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
-        const T* x = from + m * out.pixel_stride;
+        const From* x = from + m * out.pixel_stride;
         MNV2_UNROLL for (int n = 0; n < N - 1; ++n) acc[m][n] = Isa::add(acc[m][n], Isa::load(x + n * kLanes));
-        const T* last = x + (N - 1) * kLanes;
+        const From* last = x + (N - 1) * kLanes;
         acc[m][N - 1] = Isa::add(acc[m][N - 1], out.tail ? Isa::load_n(last, out.tail) : Isa::load(last));
       }
     }
   };
 
+  using Output = OutputTo<X>;
+
   // The same from a paired panel: one and a half vectors of output channels, one run of inputs.
-  struct PairedOutput {
+  template <class Y>
+  struct PairedOutputTo {
+    using Out = OutputsTo<Y>;
     template <int M, int N>
-    static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
+    static void tile(const Pixels& pixels, const T* w, const T* bias, const Out& out) {
       static_assert(M * 3 + 4 <= Isa::kRegisters);
       constexpr int kPointers = (M + 2) / 3;
       const int64_t stride = pixels.pixel_stride;
-      const T* p[kPointers];
+      const X* p[kPointers];
       const T* ahead = out.ahead;
       MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[0] + pixels.offset + 3 * i * stride;
       V sum[M][3];
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
         MNV2_UNROLL for (int n = 0; n < 3; ++n) sum[m][n] = Isa::broadcast(T(0));
       }
-      for (int k = pixels.k; k > 0; k -= 2) {
+      for (int k = pixels.k; k > 0; k -= 2 * kSlot) {
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i) asm volatile("" : "+r"(p[i]));
         V b[3];
         MNV2_UNROLL for (int n = 0; n < 3; ++n) b[n] = Isa::load(w + n * kLanes);
         MNV2_UNROLL for (int m = 0; m < M; ++m) {
           const V a = Isa::broadcast_pair(p[m / 3] + (m % 3) * stride);
-          MNV2_UNROLL for (int n = 0; n < 3; ++n) sum[m][n] = Isa::fmadd(a, b[n], sum[m][n]);
+          MNV2_UNROLL for (int n = 0; n < 3; ++n) sum[m][n] = multiply_add(a, b[n], sum[m][n]);
         }
-        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += 2;
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += 2 * kSlot;
         w += 3 * kLanes;
         __builtin_prefetch(ahead);
         ahead += out.ahead_step * 2;
@@ -192,12 +221,13 @@ struct Forward {
         acc[m][0] = Isa::add(Isa::load(bias), Isa::add_pairs(sum[m][0], sum[m][1]));
         acc[m][1] = Isa::add(Isa::load(bias + kLanes), Isa::add_pairs(sum[m][2], sum[m][2]));
       }
-      Output::template finish<M, 2>(acc, out);
+      OutputTo<Y>::template finish<M, 2>(acc, out);
     }
   };
 
   // relu6 of the product, added over the pixels to the sums at y.
   struct Pooled {
+    using Out = Outputs;
     template <int M, int N>
     static void tile(const Pixels& pixels, const T* w, const T* bias, const Outputs& out) {
       V acc[M][N];
@@ -224,12 +254,12 @@ struct Forward {
   }
 
   // One panel of output channels for all pixels, M at a time.
-  template <class Kind, int M = kTileM, int N = kTileN, class Out = Outputs>
-  static void panel(Pixels pixels, const T* w, const T* bias, Out out, int pixel_count, int channels) {
+  template <class Kind, int M = kTileM, int N = kTileN>
+  static void panel(Pixels pixels, const T* w, const T* bias, typename Kind::Out out, int pixel_count, int channels) {
     const int n = N == 1 ? 1 : ceil_div(channels, kLanes);
     out.tail = channels % kLanes;
     const int full = pixel_count / M * M;
-    const int64_t steps = int64_t(pixels.segments) * pixels.k;  // of a tile
+    const int64_t steps = int64_t(pixels.segments) * slots(pixels.k);  // of a tile
     if (out.ahead) {
       const int64_t even = out.ahead_size / (steps * ceil_div(pixel_count, M)) + 1;
       out.ahead_step = even < kLine ? even : kLine;
@@ -251,7 +281,7 @@ struct Forward {
   struct Filter {
     const T* weight;  // [9][kLanes]
     const T* bias;
-    T* d;
+    X* d;
     int64_t d_row, d_column;  // strides
     int dilation;
   };
@@ -272,7 +302,7 @@ struct Forward {
   // R x C outputs of one vector of channels; row i of their inputs begins at rows[i] + start. With D (dilation 1) every
   // input is loaded once for all the outputs of the tile.
   template <class Emit, int S, bool D, int R, int C>
-  static MNV2_INLINE void filter(const Taps& t, const Filter& f, const T* const* rows, int64_t start, T* d) {
+  static MNV2_INLINE void filter(const Taps& t, const Filter& f, const T* const* rows, int64_t start, X* d) {
     V acc[R][C];
     MNV2_UNROLL for (int r = 0; r < R; ++r) { MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = t.bias; }
     if constexpr (D) {
@@ -307,7 +337,7 @@ struct Forward {
       }
     }
     MNV2_UNROLL for (int r = 0; r < R; ++r) {
-      T* out = d + r * f.d_row;
+      X* out = d + r * f.d_row;
       MNV2_UNROLL for (int c = 0; c < C; ++c) {
         Isa::store(out, Emit::of(acc[r][c]));
         out += f.d_column;
@@ -358,22 +388,22 @@ struct Forward {
   struct ImageRows {
     const Step& s;
     const Image& image;
-    const T* zeros;
-    T* ring;
+    const X* zeros;
+    X* ring;
     int length, filled = 0;
     static constexpr int kRing = 4;
 
     ImageRows(const Step& step, const Image& source, T* scratch, const T* zero)
         : s(step),
           image(source),
-          zeros(zero),
-          ring(scratch),
+          zeros(reinterpret_cast<const X*>(zero)),
+          ring(reinterpret_cast<X*>(scratch)),
           length(step.conv_pad_left + step.image_width + step.conv_pad_right) {}
 
-    T* at(int channel, int row) { return ring + int64_t(channel * kRing + row % kRing) * length; }
+    X* at(int channel, int row) { return ring + int64_t(channel * kRing + row % kRing) * length; }
 
     // The runs of the 3x3 for row `row` of its output.
-    void segments(int row, const T** segment) {
+    void segments(int row, const X** segment) {
       const int top = row * s.conv_stride - s.conv_pad_top;
       for (int y = max(max(top, 0), filled); y < min(top + 3, s.image_height); ++y) fill(y);
       filled = max(filled, top + 3);
@@ -387,24 +417,24 @@ struct Forward {
 
     void fill(int row) {
       for (int c = 0; c < s.image_channels; ++c) {
-        const T* from = static_cast<const T*>(image.data) + c * image.stride_channel + row * image.stride_row;
-        T* to = at(c, row);
-        for (int i = 0; i < s.conv_pad_left; ++i) to[i] = 0;
+        const X* from = static_cast<const X*>(image.data) + c * image.stride_channel + row * image.stride_row;
+        X* to = at(c, row);
+        for (int i = 0; i < s.conv_pad_left; ++i) to[i] = X{};
         to += s.conv_pad_left;
         if (image.stride_column == 1) {
           for (int i = 0; i < s.image_width; ++i) to[i] = from[i];
         } else {
           for (int i = 0; i < s.image_width; ++i) to[i] = from[i * image.stride_column];
         }
-        for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = 0;
+        for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = X{};
         if (row + s.conv_stride < s.image_height) fetch_row(from + s.conv_stride * image.stride_row);
       }
     }
 
     // The image comes from far away, and the next rows of it are read only when these have been multiplied.
-    void fetch_row(const T* from) const {
-      if (image.stride_column > kLine || image.stride_column < 0) return;
-      for (int64_t i = 0; i < s.image_width * image.stride_column; i += kLine) __builtin_prefetch(from + i);
+    void fetch_row(const X* from) const {
+      if (image.stride_column > kLine * kSlot || image.stride_column < 0) return;
+      for (int64_t i = 0; i < s.image_width * image.stride_column; i += kLine * kSlot) __builtin_prefetch(from + i);
     }
   };
 
@@ -412,15 +442,15 @@ struct Forward {
                    int row0, int row1) {
     const T* packed = static_cast<const T*>(packed_);
     T* scratch = static_cast<T*>(scratch_);
-    const T** segment = reinterpret_cast<const T**>(scratch + s.rows_offset);
+    const X** segment = reinterpret_cast<const X**>(scratch + s.rows_offset);
     ImageRows rows(s, image, scratch + s.image_offset, static_cast<const T*>(zeros_));
-    const int k = s.image_channels * 9;
+    const int k = s.image_channels * 3 * slots(3);
     for (int row = row0; row < row1; ++row) {
       rows.segments(row, segment);
-      T* y = static_cast<T*>(y_) + int64_t(row) * s.out_width * s.out_channels;
+      X* y = static_cast<X*>(y_) + int64_t(row) * s.out_width * s.out_channels;
       for (int n = 0; n < s.out_channels; n += kPanel) {
         panel<Output>({segment, s.image_channels * 3, 3, 0, s.conv_stride}, packed + s.expand_weight + int64_t(n) * k,
-                      packed + s.expand_bias + n, {y + n, nullptr, s.out_channels, nullptr, false, s.relu6, 0},
+                      packed + s.expand_bias + n, {y + n, nullptr, s.out_channels, nullptr, nullptr, s.relu6, 0},
                       s.out_width, min(kPanel, s.out_channels - n));
       }
     }
@@ -431,14 +461,14 @@ struct Forward {
   static void block(const Step& s, const void* packed_, const void* x_, const Image& image, void* y_, void* scratch_,
                     const void* zeros_, int row0, int row1, int group0, int group1, void* partial_) {
     const T* packed = static_cast<const T*>(packed_);
-    const T* x = static_cast<const T*>(x_);
+    const X* x = static_cast<const X*>(x_);
     const T* zeros = static_cast<const T*>(zeros_);
     T* scratch = static_cast<T*>(scratch_);
     T* ring = scratch;
-    T* d = scratch + s.d_offset;
-    T* y = static_cast<T*>(partial_ ? partial_ : y_);
-    const T** segment = reinterpret_cast<const T**>(scratch + s.rows_offset);
-    const T** rows = segment + s.image_channels * 3 + 1;
+    X* d = reinterpret_cast<X*>(scratch + s.d_offset);
+    T* sums = static_cast<T*>(partial_ ? partial_ : kSlot == 1 ? y_ : scratch + s.sums_offset);
+    const X** segment = reinterpret_cast<const X**>(scratch + s.rows_offset);
+    const T** rows = reinterpret_cast<const T**>(segment + s.image_channels * 3 + 1);
     const int ring_pixels = s.ring_rows * s.width;
     const int64_t ring_row = int64_t(s.row_length) * kPanel, ring_panel = s.ring_rows * ring_row;
 
@@ -458,9 +488,9 @@ struct Forward {
             image_rows.segments(h, segment);
             for (int c = c0; c < c1; c += kPanel) {
               panel<Hidden>({segment, s.image_channels * 3, 3, 0, s.conv_stride},
-                            packed + s.expand_weight + int64_t(c) * s.image_channels * 9, packed + s.expand_bias + c,
+                            packed + s.expand_weight + int64_t(c) * s.image_channels * 3 * slots(3), packed + s.expand_bias + c,
                             {ring + (s.whole ? 0 : (c - c0) / kPanel * ring_panel),
-                             s.pixel_offsets + h % s.ring_rows * s.width, 0, nullptr, false, true, 0},
+                             s.pixel_offsets + h % s.ring_rows * s.width, 0, nullptr, nullptr, true, 0},
                             s.width, min(kPanel, c1 - c));
             }
             // With `whole` a second panel would overwrite the first: schedule.cpp gives the stem a ring of all panels.
@@ -475,19 +505,19 @@ struct Forward {
             const T* ahead = nullptr;
             int64_t ahead_size = 0;
             if (s.whole) {
-              ahead = more ? packed + s.expand_weight + int64_t(c + kPanel) * s.in_channels
-                           : packed + s.project_weight + int64_t(c0) * min(kPanel, s.out_channels);
-              ahead_size = int64_t(kPanel) * (more ? s.in_channels : c1 - c0);
+              ahead = more ? packed + s.expand_weight + int64_t(c + kPanel) * slots(s.in_channels)
+                           : packed + s.project_weight + int64_t(c0 / kSlot) * min(kPanel, s.out_channels);
+              ahead_size = int64_t(kPanel) * slots(more ? s.in_channels : c1 - c0);
             } else if (!more) {  // what the next stripe reads
-              ahead = segment[0] + int64_t(h1 - h0) * s.width * s.in_channels;
-              ahead_size = int64_t(min(s.stripe * s.stride, s.height - h1)) * s.width * s.in_channels;
+              ahead = reinterpret_cast<const T*>(segment[0] + int64_t(h1 - h0) * s.width * s.in_channels);
+              ahead_size = int64_t(min(s.stripe * s.stride, s.height - h1)) * s.width * s.in_channels / kSlot;
             }
             if (s.whole) {
               const T* dw = packed + s.depthwise_weight + int64_t(c) * 9;
               for (int i = 0; i < channels * 9; i += kLine) __builtin_prefetch(dw + i);
               for (int i = 0; i < channels; i += kLine) __builtin_prefetch(packed + s.depthwise_bias + c + i);
             }
-            expand(s, segment, packed + s.expand_weight + int64_t(c) * s.in_channels, packed + s.expand_bias + c, h,
+            expand(s, segment, packed + s.expand_weight + int64_t(c) * slots(s.in_channels), packed + s.expand_bias + c, h,
                    h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead, ahead_size);
           } else if (s.source == Step::kCopy) {
             for (int row = h0; row < h1; ++row) copy_row(s, x, h, row, c, channels);
@@ -511,62 +541,71 @@ struct Forward {
         segment[0] = d;
         const bool last = !partial_ && group + 1 == s.groups;
         const int64_t pixel = int64_t(o0) * s.out_width;
-        for (int n = 0; n < s.out_channels; n += kPanel) {
-          const int channels = min(kPanel, s.out_channels - n);
-          const int width = ceil_div(channels, kLanes) * kLanes;
-          const T* residual = last && s.residual ? x + pixel * s.in_channels + n : nullptr;
-          const Pixels pixels = {segment, 1, c1 - c0, 0, s.d_stride};
-          const T* w = packed + s.project_weight + int64_t(n) * s.hidden_channels;
-          const T* bias = group == 0 ? packed + s.project_bias + n : zeros;
-          Outputs out = {y + pixel * s.out_channels + n,
-                         nullptr,
-                         s.out_channels,
-                         residual,
-                         !partial_ && group > 0,
-                         last && s.relu6,
-                         0};
-          if (s.whole && n + kPanel < s.out_channels) {
-            out.ahead = w + int64_t(kPanel) * s.hidden_channels + int64_t(c0) * kPanel;
-            out.ahead_size = int64_t(kPanel) * (c1 - c0);
-          } else if (s.whole && c1 < s.hidden_channels) {
-            out.ahead = packed + s.expand_weight + int64_t(c1) * s.in_channels;
-            out.ahead_size = int64_t(kPanel) * s.in_channels;
-          } else if (o1 == row1) {
-            out.ahead = packed + s.project_bias + s.out_channels;  // the next layer's weights follow
-            out.ahead_size = kNextLayer;
-          }
-          const int count = (o1 - o0) * s.out_width;
-          if constexpr (Isa::kPairs) {
-            if (paired_panel(kTiles, channels, s.hidden_channels)) {
-              panel<PairedOutput, Isa::kPairsM, 1>(pixels, w + int64_t(c0) * kLanes * 3 / 2, bias, out, count,
-                                                   channels);
-              continue;
+        const auto project = [&](auto* to) __attribute__((always_inline)) {
+          using Y = std::remove_pointer_t<decltype(to)>;
+          for (int n = 0; n < s.out_channels; n += kPanel) {
+            const int channels = min(kPanel, s.out_channels - n);
+            const int width = ceil_div(channels, kLanes) * kLanes;
+            const X* residual = last && s.residual ? x + pixel * s.in_channels + n : nullptr;
+            const Pixels pixels = {segment, 1, c1 - c0, 0, s.d_stride};
+            const T* w = packed + s.project_weight + int64_t(n) * slots(s.hidden_channels);
+            const T* bias = group == 0 ? packed + s.project_bias + n : zeros;
+            const int64_t at = pixel * s.out_channels + n;
+            OutputsTo<Y> out = {to + at,
+                                nullptr,
+                                s.out_channels,
+                                residual,
+                                !partial_ && group > 0 ? sums + at : nullptr,
+                                last && s.relu6,
+                                0};
+            if (s.whole && n + kPanel < s.out_channels) {
+              out.ahead = w + int64_t(kPanel) * slots(s.hidden_channels) + int64_t(c0 / kSlot) * kPanel;
+              out.ahead_size = int64_t(kPanel) * slots(c1 - c0);
+            } else if (s.whole && c1 < s.hidden_channels) {
+              out.ahead = packed + s.expand_weight + int64_t(c1) * slots(s.in_channels);
+              out.ahead_size = int64_t(kPanel) * slots(s.in_channels);
+            } else if (o1 == row1) {
+              out.ahead = packed + s.project_bias + s.out_channels;  // the next layer's weights follow
+              out.ahead_size = kNextLayer;
             }
+            const int count = (o1 - o0) * s.out_width;
+            if constexpr (Isa::kPairs) {
+              if (paired_panel(kTiles, channels, s.hidden_channels)) {
+                panel<PairedOutputTo<Y>, Isa::kPairsM, 1>(pixels, w + int64_t(c0 / kSlot) * kLanes * 3 / 2, bias, out,
+                                                          count, channels);
+                continue;
+              }
+            }
+            panel<OutputTo<Y>>(pixels, w + int64_t(c0 / kSlot) * width, bias, out, count, channels);
           }
-          panel<Output>(pixels, w + int64_t(c0) * width, bias, out, count, channels);
+        };
+        if constexpr (kSlot == 1) {
+          project(sums);
+        } else {
+          last ? project(static_cast<X*>(y_)) : project(sums);
         }
       }
     }
   }
 
   // `count` pixels of h from ring pixel `first` on, around the end of the ring where they reach it.
-  static void expand(const Step& s, const T* const* segment, const T* w, const T* bias, T* h, int first,
+  static void expand(const Step& s, const X* const* segment, const T* w, const T* bias, T* h, int first,
                      int ring_pixels, int count, int channels, const T* ahead, int64_t ahead_size) {
     // The offsets table goes a tile beyond the ring's end, so only whole runs up to there need a cut.
     Pixels pixels = {segment, 1, s.in_channels, 0, s.in_channels};
     while (count > 0) {
       const int to_end = ceil_div(ring_pixels - first, kTileM) * kTileM;
       const int now = min(count, to_end);
-      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, false, true, 0, ahead, ahead_size}, now,
-                    channels);
+      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, nullptr, true, 0, ahead, ahead_size},
+                    now, channels);
       pixels.offset += int64_t(now) * pixels.pixel_stride;
       first = (first + now) % ring_pixels;
       count -= now;
     }
   }
 
-  static void copy_row(const Step& s, const T* x, T* h, int row, int c, int channels) {
-    const T* from = x + int64_t(row) * s.width * s.in_channels + c;
+  static void copy_row(const Step& s, const X* x, T* h, int row, int c, int channels) {
+    const X* from = x + int64_t(row) * s.width * s.in_channels + c;
     const int32_t* offset = s.pixel_offsets + row % s.ring_rows * s.width;
     for (int column = 0; column < s.width; ++column, from += s.in_channels) {
       for (int v = 0; v < channels; v += kLanes) {
@@ -591,8 +630,8 @@ struct Forward {
 
   static void combine(const Step& s, const void* partials_, const void* x_, void* y_, int pixel0, int pixel1) {
     const T* partials = static_cast<const T*>(partials_);
-    const T* x = static_cast<const T*>(x_);
-    T* y = static_cast<T*>(y_);
+    const X* x = static_cast<const X*>(x_);
+    X* y = static_cast<X*>(y_);
     const int64_t size = int64_t(s.out_height) * s.out_width * s.out_channels;
     const int64_t end = int64_t(pixel1) * s.out_channels;
     for (int64_t i = int64_t(pixel0) * s.out_channels; i < end; i += kLanes) {
@@ -612,25 +651,31 @@ struct Forward {
 
   static void pointwise(const Step& s, const void* packed_, const void* x_, void* y_, int panel0, int panel1) {
     const T* packed = static_cast<const T*>(packed_);
-    const T* segment[1] = {static_cast<const T*>(x_)};
+    const X* segment[1] = {static_cast<const X*>(x_)};
     const int pixels = s.height * s.width;
     for (int n = panel0 * kPanel; n < min(panel1 * kPanel, s.out_channels); n += kPanel) {
       const int channels = min(kPanel, s.out_channels - n);
-      T* y = static_cast<T*>(y_) + n;
-      const T* w = packed + s.project_weight + int64_t(n) * s.in_channels;
+      X* y = static_cast<X*>(y_) + n;
+      const T* w = packed + s.project_weight + int64_t(n) * slots(s.in_channels);
       const T* bias = packed + s.project_bias + n;
       const Pixels a = {segment, 1, s.in_channels, 0, s.in_channels};
       if (!s.pooled) {
-        panel<Output>(a, w, bias, {y, nullptr, s.out_channels, nullptr, false, s.relu6, 0}, pixels, channels);
+        panel<Output>(a, w, bias, {y, nullptr, s.out_channels, nullptr, nullptr, s.relu6, 0}, pixels, channels);
         continue;
       }
       T sum[kPanel] = {};
       panel<Pooled>(a, w, bias,
-                    {sum, nullptr, 0, nullptr, false, true, 0, w + int64_t(kPanel) * s.in_channels,
-                     int64_t(kPanel) * s.in_channels},
+                    {sum, nullptr, 0, nullptr, nullptr, true, 0, w + int64_t(kPanel) * slots(s.in_channels),
+                     int64_t(kPanel) * slots(s.in_channels)},
                     pixels, channels);
-      for (int i = 0; i < channels; ++i) y[i] = sum[i] / T(pixels);
+      for (int v = 0; v < channels; v += kLanes) store_mean(sum + v, pixels, y + v, min(kLanes, channels - v));
     }
+  }
+
+  // Of the sums of a vector of channels; overwrites them.
+  static void store_mean(T* sum, int pixels, X* y, int channels) {
+    for (int i = 0; i < kLanes; ++i) sum[i] /= T(pixels);
+    Isa::store_n(y, Isa::load(sum), channels);
   }
 
   static void pool(const Step& s, const void* x_, void* y_) {
@@ -639,31 +684,34 @@ struct Forward {
       const int left = s.in_channels - c;
       V sum = Isa::broadcast(T(0));
       for (int p = 0; p < pixels; ++p) {
-        const T* x = static_cast<const T*>(x_) + int64_t(p) * s.in_channels + c;
+        const X* x = static_cast<const X*>(x_) + int64_t(p) * s.in_channels + c;
         sum = Isa::add(sum, left < kLanes ? Isa::load_n(x, left) : Isa::load(x));
       }
       T buffer[kLanes];
       Isa::store(buffer, sum);
-      for (int i = 0; i < min(left, kLanes); ++i) static_cast<T*>(y_)[c + i] = buffer[i] / T(pixels);
+      store_mean(buffer, pixels, static_cast<X*>(y_) + c, min(left, kLanes));
     }
   }
 
   // A single row has too few accumulators to hide the latency of its chains, and is bound by reading the weights:
   // several panels at once. The order of every sum stays that of the tile.
   static constexpr int kStreams = Isa::kStreams;
-  static void row_panels(const T* x, int k, const T* w, const T* bias, T* y, int64_t panel_size) {
+  static void row_panels(const X* x, int k, const T* w, const T* bias, X* y, int64_t panel_size) {
     V acc[kStreams][kTileN];
     MNV2_UNROLL for (int i = 0; i < kStreams; ++i) {
       MNV2_UNROLL for (int n = 0; n < kTileN; ++n) acc[i][n] = Isa::load(bias + (i * kTileN + n) * kLanes);
     }
-    for (int j = 0; j < k; ++j) {
-      const V a = Isa::broadcast_load(x + j);
+    const auto step = [&](V a) __attribute__((always_inline)) {
       MNV2_UNROLL for (int i = 0; i < kStreams; ++i) {
         MNV2_UNROLL for (int n = 0; n < kTileN; ++n) {
-          acc[i][n] = Isa::fmadd(a, Isa::load(w + i * panel_size + n * kLanes), acc[i][n]);
+          acc[i][n] = multiply_add(a, Isa::load(w + i * panel_size + n * kLanes), acc[i][n]);
         }
       }
       w += kPanel;
+    };
+    for (int j = 0; j < k / kSlot; ++j) step(Isa::broadcast_load(x + j * kSlot));
+    if constexpr (kSlot > 1) {
+      if (k % kSlot) step(Isa::broadcast_half(x + k - 1));
     }
     MNV2_UNROLL for (int i = 0; i < kStreams; ++i) {
       MNV2_UNROLL for (int n = 0; n < kTileN; ++n) Isa::store(y + (i * kTileN + n) * kLanes, acc[i][n]);
@@ -673,19 +721,19 @@ struct Forward {
   static void linear(const Step& s, const void* packed_, const void* x_, void* y_, int64_t rows, int panel0,
                      int panel1) {
     const T* packed = static_cast<const T*>(packed_);
-    const T* segment[1] = {static_cast<const T*>(x_)};
+    const X* segment[1] = {static_cast<const X*>(x_)};
     const int k = s.in_channels;
     for (int p = panel0; p < panel1; ++p) {
       const int n = p * kPanel;
-      T* y = static_cast<T*>(y_) + n;
-      const T* w = packed + s.project_weight + int64_t(n) * k;
+      X* y = static_cast<X*>(y_) + n;
+      const T* w = packed + s.project_weight + int64_t(n) * slots(k);
       const T* bias = packed + s.project_bias + n;
       if (rows == 1 && p + kStreams <= panel1 && n + kStreams * kPanel <= s.out_channels) {
-        row_panels(segment[0], k, w, bias, y, int64_t(k) * kPanel);
+        row_panels(segment[0], k, w, bias, y, int64_t(slots(k)) * kPanel);
         p += kStreams - 1;
         continue;
       }
-      panel<Output>({segment, 1, k, 0, k}, w, bias, {y, nullptr, s.out_channels, nullptr, false, false, 0}, int(rows),
+      panel<Output>({segment, 1, k, 0, k}, w, bias, {y, nullptr, s.out_channels, nullptr, nullptr, false, 0}, int(rows),
                     min(kPanel, s.out_channels - n));
     }
   }
@@ -698,14 +746,14 @@ struct Forward {
     MNV2_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = Isa::broadcast(T(i));
     for (int64_t j = 0; j < iterations; ++j) {
       asm volatile("" ::: "memory");
-      MNV2_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = Isa::fmadd(acc[i], a, b);
+      MNV2_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = multiply_add(a, b, acc[i]);
     }
     V sum = acc[0];
     MNV2_UNROLL for (int i = 1; i < kChains; ++i) sum = Isa::add(sum, acc[i]);
     T buffer[kLanes];
     Isa::store(buffer, sum);
     asm volatile("" ::"r"(buffer) : "memory");  // used, so that the loop is not dropped
-    return double(iterations) * kChains * kLanes;
+    return double(iterations) * kChains * kLanes * kSlot;
   }
 
   static constexpr Kernel kernel(const char* name, Dtype dtype, const char* const* features) {

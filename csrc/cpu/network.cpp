@@ -76,24 +76,25 @@ struct Runner {
   const Program& program;
   const Call& call;
   const int threads;
-  const int64_t element = program.kernel->dtype == Dtype::kFloat32 ? 4 : 8;
+  const int64_t element = element_size(program.kernel->dtype), sum = sum_size(program.kernel->dtype);
   const bool linear = program.steps.back().kind == Layer::kLinear;
   char *zeros = nullptr, *features = nullptr, *partials = nullptr, *workers = nullptr;
 
-  int64_t features_size() const { return linear ? (call.batch * program.features + 15) / 16 * 16 : 0; }
-  int64_t worker_size() const { return 2 * program.activation_size + program.scratch_size; }
+  // In bytes, multiples of a cache line.
+  int64_t features_size() const { return linear ? round_up(call.batch * program.features, 32) * element : 0; }
+  int64_t worker_size() const { return 2 * program.activation_size * element + program.scratch_size * sum; }
   int64_t arena_size() const {
-    return (program.zeros_size + features_size() + program.partial_size + threads * worker_size()) * element;
+    return (program.zeros_size + program.partial_size) * sum + features_size() + threads * worker_size();
   }
   void use(char* arena) {
     zeros = arena;
-    features = zeros + program.zeros_size * element;
-    partials = features + features_size() * element;
-    workers = partials + program.partial_size * element;
-    std::memset(zeros, 0, program.zeros_size * element);
+    features = zeros + program.zeros_size * sum;
+    partials = features + features_size();
+    workers = partials + program.partial_size * sum;
+    std::memset(zeros, 0, program.zeros_size * sum);
   }
   char* activation(int worker, int which) const {
-    return workers + (worker * worker_size() + which * program.activation_size) * element;
+    return workers + worker * worker_size() + which * program.activation_size * element;
   }
   char* scratch(int worker) const { return activation(worker, 2); }
 
@@ -133,7 +134,7 @@ struct Runner {
             const int pixels = s.out_height * s.out_width;
             phase(s.groups, [&](int g) {
               kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, 0, s.out_height, g, g + 1,
-                           partials + g * int64_t(pixels) * s.out_channels * element);
+                           partials + g * int64_t(pixels) * s.out_channels * sum);
             });
             phase(slices, [&](int t) { kernel.combine(s, partials, x, y, cut(pixels, t), cut(pixels, t + 1)); });
           }

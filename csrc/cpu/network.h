@@ -26,6 +26,9 @@ std::string why_unsupported(const Kernel& kernel);
 // The row that serves a dtype: the best supported, or the one that MNV2_FUSED_KERNEL names. Throws
 // std::invalid_argument when the override is impossible.
 const Kernel& select_kernel(Dtype dtype);
+// Bytes of an element of activations, and of what their products are added up in.
+int64_t element_size(Dtype dtype);
+int64_t sum_size(Dtype dtype);
 std::vector<std::pair<std::string, bool>> cpu_features();
 const char* dtype_name(Dtype dtype);
 
@@ -34,7 +37,7 @@ const char* dtype_name(Dtype dtype);
 // Elements of a layer's weight, bias, weight, bias, ... as PyTorch has them, and of all of them packed.
 std::vector<int64_t> weight_sizes(const Layer& layer);
 int64_t packed_size(const Layer& layer, const Tiles& tiles);
-// `weights` points to each of them in that order.
+// `weights` points to each of them in that order, of the dtype that sums have.
 void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const* weights, void* packed);
 
 // One matrix [n][k], or where transposed [k][n], as a 1x1 convolution k -> n is packed; and depthwise taps
@@ -52,7 +55,8 @@ struct Program {
   int64_t image_size;                                                         // elements of an image at the input
   int64_t out_channels, out_height, out_width;                                // of the result; 1 x 1 once pooled
   bool flat;                                                                  // the result is [N, out_channels]
-  int64_t activation_size, scratch_size, partial_size, zeros_size, features;  // in elements
+  int64_t activation_size, features;               // in elements
+  int64_t scratch_size, partial_size, zeros_size;  // in elements of sums
 };
 
 // Of each pixel of a ring of rows, row-major, in elements; tile_m entries wrap around.

@@ -6,24 +6,27 @@
 namespace mnv2_fused {
 namespace {
 
-// The convolutions of a layer in order: outputs, and the inputs of each output (9 of a depthwise one).
+// The convolutions of a layer in order: outputs, and the inputs of each output (9 of a depthwise one), which are read in
+// runs: no slot holds inputs of two of them.
 struct Convolution {
-  int64_t n, k;
+  int64_t n, k, run;
   bool depthwise = false, projection = false;
+
+  int64_t slots(const Tiles& tiles) const { return depthwise ? k : k / run * ceil_div(run, tiles.slot); }
 };
 
 std::vector<Convolution> convolutions(const Layer& layer) {
   switch (layer.kind) {
     case Layer::kConv3x3:
-      return {{layer.out_channels, layer.in_channels * 9}};
+      return {{layer.out_channels, layer.in_channels * 9, 3}};
     case Layer::kPointwise:
     case Layer::kLinear:
-      return {{layer.out_channels, layer.in_channels}};
+      return {{layer.out_channels, layer.in_channels, layer.in_channels}};
     case Layer::kBlock: {
       std::vector<Convolution> all;
-      if (layer.expand) all.push_back({layer.hidden_channels, layer.in_channels});
-      all.push_back({layer.hidden_channels, 9, true});
-      all.push_back({layer.out_channels, layer.hidden_channels, false, true});
+      if (layer.expand) all.push_back({layer.hidden_channels, layer.in_channels, layer.in_channels});
+      all.push_back({layer.hidden_channels, 9, 9, true});
+      all.push_back({layer.out_channels, layer.hidden_channels, layer.hidden_channels, false, true});
       return all;
     }
     default:
@@ -31,14 +34,15 @@ std::vector<Convolution> convolutions(const Layer& layer) {
   }
 }
 
-// w [n][k], with any strides, to panels [k][width]; blocks of 16 inputs keep both sides in L1.
+// w [n][k], with any strides, to panels [k][width]; blocks of 16 inputs keep both sides in L1. `projected` is the number
+// of values, not slots, that a projection adds up; 0 of anything else.
 template <class T>
 void pack_panels(const T* w, int64_t n_count, int64_t k_count, int64_t n_stride, int64_t k_stride, const Tiles& tiles,
-                 bool projection, T* packed) {
+                 int64_t projected, T* packed) {
   for (int64_t n0 = 0; n0 < n_count; n0 += tiles.panel) {
     const int64_t n1 = std::min<int64_t>(n0 + tiles.panel, n_count), width = round_up(n1 - n0, tiles.lanes);
     T* out = packed + n0 * k_count;
-    if (projection && paired_panel(tiles, n1 - n0, k_count)) {
+    if (projected && paired_panel(tiles, n1 - n0, projected)) {
       for (int64_t k0 = 0; k0 < k_count; k0 += 2) {
         for (int64_t i = 0; i < tiles.lanes * 3; ++i) {
           const int64_t n = n0 + i / 2, k = k0 + i % 2;
@@ -66,6 +70,19 @@ void pack_taps(const T* w, int64_t channels, const Tiles& tiles, T* packed) {
   }
 }
 
+// Neighbours of each run rounded into one slot, zero beside the last one of an odd number.
+std::vector<uint32_t> slots_of(const float* w, const Convolution& c, const Tiles& tiles) {
+  std::vector<uint32_t> slots;
+  slots.reserve(size_t(c.n * c.slots(tiles)));
+  for (int64_t i = 0; i < c.n * c.k; i += c.run) {
+    for (int64_t j = 0; j < c.run; j += 2) {
+      const uint32_t high = j + 1 < c.run ? round_to_bfloat16(w[i + j + 1]).bits : 0;
+      slots.push_back(high << 16 | round_to_bfloat16(w[i + j]).bits);
+    }
+  }
+  return slots;
+}
+
 template <class T>
 void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weights, T* packed) {
   for (const Convolution& c : convolutions(layer)) {
@@ -73,10 +90,18 @@ void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weigh
     const int64_t n = round_up(c.n, tiles.lanes);
     if (c.depthwise) {
       pack_taps(w, c.n, tiles, packed);
+    } else if constexpr (sizeof(T) == 4) {
+      const int64_t projected = c.projection ? c.k : 0, k = c.slots(tiles);
+      if (tiles.slot == 1) {
+        pack_panels(w, c.n, k, k, 1, tiles, projected, packed);
+      } else {
+        const std::vector<uint32_t> slots = slots_of(w, c, tiles);
+        pack_panels(slots.data(), c.n, k, k, 1, tiles, projected, reinterpret_cast<uint32_t*>(packed));
+      }
     } else {
-      pack_panels(w, c.n, c.k, c.k, 1, tiles, c.projection, packed);
+      pack_panels(w, c.n, c.k, c.k, 1, tiles, c.projection ? c.k : 0, packed);
     }
-    packed += n * c.k;
+    packed += n * c.slots(tiles);
     std::copy_n(bias, c.n, packed);
     std::fill(packed + c.n, packed + n, T(0));
     packed += n;
@@ -93,24 +118,24 @@ std::vector<int64_t> weight_sizes(const Layer& layer) {
 
 int64_t packed_size(const Layer& layer, const Tiles& tiles) {
   int64_t size = 0;
-  for (const Convolution& c : convolutions(layer)) size += round_up(c.n, tiles.lanes) * (c.k + 1);
+  for (const Convolution& c : convolutions(layer)) size += round_up(c.n, tiles.lanes) * (c.slots(tiles) + 1);
   return size;
 }
 
 void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const* weights, void* packed) {
-  if (dtype == Dtype::kFloat32) {
-    pack_layer(layer, tiles, weights, static_cast<float*>(packed));
-  } else {
+  if (dtype == Dtype::kFloat64) {
     pack_layer(layer, tiles, weights, static_cast<double*>(packed));
+  } else {
+    pack_layer(layer, tiles, weights, static_cast<float*>(packed));
   }
 }
 
 void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int64_t k, bool transposed, void* packed) {
   const int64_t n_stride = transposed ? 1 : k, k_stride = transposed ? n : 1;
   if (dtype == Dtype::kFloat32) {
-    pack_panels(static_cast<const float*>(w), n, k, n_stride, k_stride, tiles, false, static_cast<float*>(packed));
+    pack_panels(static_cast<const float*>(w), n, k, n_stride, k_stride, tiles, 0, static_cast<float*>(packed));
   } else {
-    pack_panels(static_cast<const double*>(w), n, k, n_stride, k_stride, tiles, false, static_cast<double*>(packed));
+    pack_panels(static_cast<const double*>(w), n, k, n_stride, k_stride, tiles, 0, static_cast<double*>(packed));
   }
 }
 

@@ -1,4 +1,4 @@
-// The rows of the kernel table that every machine runs: plain C++, float and double.
+// The rows of the kernel table that every machine runs: plain C++, float, double and bfloat16.
 #include "../inverted_residual.h"
 
 namespace mnv2_fused::scalar {
@@ -10,6 +10,7 @@ namespace {
 template <class Element>
 struct Plain {
   using T = Element;
+  using X = Element;
   static constexpr int kLanes = 4;
   struct V {
     T lane[kLanes];
@@ -65,12 +66,47 @@ struct Plain {
   }
 };
 
+struct Plain16 : Plain<float> {
+  using X = BFloat16;
+  using Plain::broadcast_load, Plain::load, Plain::load_n, Plain::store, Plain::store_n;
+
+  static V load(const X* p) {
+    return each([=](int i) { return widen(p[i]); });
+  }
+  static V load_n(const X* p, int n) {
+    return each([=](int i) { return i < n ? widen(p[i]) : 0; });
+  }
+  static void store(X* p, V v) { store_n(p, v, kLanes); }
+  static void store_n(X* p, V v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = round_to_bfloat16(v.lane[i]);
+  }
+  // A slot, the first value in its low half.
+  static V broadcast_load(const X* p) { return slot(p[0].bits | uint32_t(p[1].bits) << 16); }
+  static V broadcast_half(const X* p) { return slot(p[0].bits); }
+  static V slot(uint32_t bits) {
+    T both;
+    __builtin_memcpy(&both, &bits, 4);
+    return broadcast(both);
+  }
+  static T half(T slot, int high) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &slot, 4);
+    return widen({uint16_t(bits >> 16 * high)});
+  }
+  static V dot(V a, V b, V c) {
+    return each([=](int i) {
+      return half(a.lane[i], 1) * half(b.lane[i], 1) + (half(a.lane[i], 0) * half(b.lane[i], 0) + c.lane[i]);
+    });
+  }
+};
+
 const char* const kFeatures[] = {nullptr};
 
 }  // namespace
 
-extern const Kernel kernel_f32, kernel_f64;
+extern const Kernel kernel_f32, kernel_f64, kernel_bf16;
 const Kernel kernel_f32 = Training<Plain<float>>::kernel("scalar_f32", Dtype::kFloat32, kFeatures);
 const Kernel kernel_f64 = Training<Plain<double>>::kernel("scalar_f64", Dtype::kFloat64, kFeatures);
+const Kernel kernel_bf16 = Forward<Plain16>::kernel("scalar_bf16", Dtype::kBFloat16, kFeatures);
 
 }  // namespace mnv2_fused::scalar

@@ -22,9 +22,11 @@ struct Resolver {
   Program program;
   int64_t packed = 0;  // offset of the next weights
 
-  int64_t element_size() const { return kernel.dtype == Dtype::kFloat32 ? 4 : 8; }
+  int64_t element_size() const { return sum_size(kernel.dtype); }
+  // That many values of an activation, or of a sum, in elements of sums.
+  int64_t slots(int64_t values) const { return ceil_div(values, tiles.slot); }
 
-  // Claims a convolution's place: weight, then bias.
+  // Claims a convolution's place: weight, k slots for each output, then bias.
   void place(int64_t n, int64_t k, int64_t* weight, int64_t* bias) {
     *weight = packed;
     *bias = packed + round_up(n, tiles.lanes) * k;
@@ -48,14 +50,17 @@ struct Resolver {
     if (n > INT32_MAX) throw std::length_error("x is too large: its rows or its pixels do not fit into 2^31 elements");
   }
 
-  // Scratch: ring of h | d | row pointers | image rows.
+  // Scratch: ring of h | d | row pointers | image rows | sums.
   void lay_out_scratch(Step& step, int64_t ring, int64_t d, int64_t pointers) {
     step.d_offset = round_up(ring, tiles.lanes);
-    step.rows_offset = step.d_offset + round_up(d, 16);
+    step.rows_offset = step.d_offset + round_up(slots(d), 16);
     step.image_offset = step.rows_offset + round_up(pointers * 8 / element_size() + 1, 16);
     const int64_t image_row = step.conv_pad_left + step.image_width + step.conv_pad_right;
-    need_zeros(image_row);
-    step.scratch_size = round_up(step.image_offset + step.image_channels * 4 * image_row, 16);
+    need_zeros(slots(image_row));
+    step.sums_offset = round_up(step.image_offset + slots(step.image_channels * 4 * image_row), 16);
+    const bool sums = tiles.slot > 1 && step.groups > 1;
+    step.scratch_size = step.sums_offset;
+    if (sums) step.scratch_size += round_up(int64_t(step.out_height) * step.out_width * step.out_channels, 16);
     program.scratch_size = std::max(program.scratch_size, step.scratch_size);
   }
 
@@ -81,7 +86,8 @@ struct Resolver {
     step.groups = int(ceil_div(hidden, step.group_channels));
     step.ring_rows = int(std::min<int64_t>(rows(step.stripe), step.height));
     step.d_stride = int(round_up(std::min<int64_t>(step.group_channels, hidden), tiles.lanes));
-    if (step.d_stride * element_size() % 4096 == 0) step.d_stride += tiles.lanes;  // pixels would share cache sets
+    // Pixels would share cache sets.
+    if (step.d_stride * element_size() / tiles.slot % 4096 == 0) step.d_stride += tiles.lanes;
 
     check_count(step.row_length * panel);
     check_count(int64_t(step.out_height) * step.out_width);
@@ -127,7 +133,8 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
     const bool next_pools = i + 1 < layers.size() && layers[i + 1].kind == Layer::kPool;
     if (layer->kind == Layer::kConv3x3) {
       Resolver::set_conv(step, *layer, height, width);
-      resolver.place(layer->out_channels, layer->in_channels * 9, &step.expand_weight, &step.expand_bias);
+      resolver.place(layer->out_channels, layer->in_channels * 3 * resolver.slots(3), &step.expand_weight,
+                     &step.expand_bias);
       height = out_extent(height, layer->pad_top + layer->pad_bottom, layer->stride, 1);
       width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, 1);
       if (height == 0 || width == 0) return std::move(program);
@@ -158,10 +165,12 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
         step.pad_top = int(layer->pad_top);
         step.residual = layer->residual;
         if (step.source == Step::kExpand) {
-          resolver.place(step.hidden_channels, step.in_channels, &step.expand_weight, &step.expand_bias);
+          resolver.place(step.hidden_channels, resolver.slots(step.in_channels), &step.expand_weight,
+                         &step.expand_bias);
         }
         resolver.place(step.hidden_channels, 9, &step.depthwise_weight, &step.depthwise_bias);
-        resolver.place(step.out_channels, step.hidden_channels, &step.project_weight, &step.project_bias);
+        resolver.place(step.out_channels, resolver.slots(step.hidden_channels), &step.project_weight,
+                       &step.project_bias);
         height = out_extent(height, layer->pad_top + layer->pad_bottom, layer->stride, layer->dilation);
         width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, layer->dilation);
         step.out_height = int(height);
@@ -173,7 +182,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
         resolver.lay_out_scratch(step, 0, 0, step.image_channels * 3);
         break;
       case Layer::kPointwise:
-        resolver.place(step.out_channels, step.in_channels, &step.project_weight, &step.project_bias);
+        resolver.place(step.out_channels, resolver.slots(step.in_channels), &step.project_weight, &step.project_bias);
         if (next_pools && layer->relu6) {
           step.pooled = true;
           ++i;
@@ -182,7 +191,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
       case Layer::kPool:
         break;
       case Layer::kLinear:
-        resolver.place(step.out_channels, step.in_channels, &step.project_weight, &step.project_bias);
+        resolver.place(step.out_channels, resolver.slots(step.in_channels), &step.project_weight, &step.project_bias);
         break;
     }
     if (step.kind == Layer::kPool || step.pooled) {
@@ -198,7 +207,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
   }
   program.out_height = height;
   program.out_width = width;
-  program.activation_size = round_up(program.activation_size, 16);
+  program.activation_size = round_up(program.activation_size, 32);
   resolver.need_zeros(kernel.tiles.panel);
   program.zeros_size = round_up(program.zeros_size, 16);
   return std::move(resolver.program);

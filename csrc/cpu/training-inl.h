@@ -40,6 +40,7 @@ struct Training : Forward<Isa> {
   // statistics.
   template <bool Below, bool Batch>
   struct ProjectBack {
+    using Out = Backward;
     template <int M, int N>
     static void tile(const Pixels& pixels, const T* w, const T* coefficients, const Backward& out) {
       V acc[M][N];
@@ -75,8 +76,7 @@ struct Training : Forward<Isa> {
     const T* segment[1] = {dz};
     Pixels pixels = {segment, 1, t.step.out_channels, 0, t.step.out_channels};
     if (!out.dd) return F::template panel<ProjectBack<false, false>>(pixels, w, coefficients, out, count, channels);
-    const auto below = batch ? F::template panel<ProjectBack<true, true>, kTileM, kTileN, Backward>
-                             : F::template panel<ProjectBack<true, false>, kTileM, kTileN, Backward>;
+    const auto below = batch ? F::template panel<ProjectBack<true, true>> : F::template panel<ProjectBack<true, false>>;
     const int ring_pixels = t.d_ring_rows * t.step.out_width;
     while (count > 0) {
       const int now = min(count, ceil_div(ring_pixels - first, kTileM) * kTileM);
@@ -450,7 +450,9 @@ struct Training : Forward<Isa> {
         const T* residual = residual_ ? static_cast<const T*>(residual_) + first * channels + n : nullptr;
         F::template panel<typename F::Output>(
             {segment, 1, channels, 0, channels}, static_cast<const T*>(w_) + int64_t(n) * channels, bias + n,
-            {static_cast<T*>(y_) + first * channels + n, nullptr, channels, residual, true, false, 0}, count,
+            {static_cast<T*>(y_) + first * channels + n, nullptr, channels, residual,
+             static_cast<T*>(y_) + first * channels + n, false, 0},
+            count,
             min(kPanel, channels - n));
       }
     }
@@ -601,7 +603,7 @@ struct Training : Forward<Isa> {
                 const T* w = static_cast<const T*>(a.expand_back) + int64_t(n) * s.hidden_channels;
                 F::template panel<typename F::Output>(
                     {segment, 1, channels, 0, kPanel}, w + int64_t(c) * ceil_div(part, kLanes) * kLanes, zeros,
-                    {dx + n, nullptr, s.in_channels, nullptr, c > 0, false, 0}, now, part);
+                    {dx + n, nullptr, s.in_channels, nullptr, c > 0 ? dx + n : nullptr, false, 0}, now, part);
               }
               return;
             }

@@ -16,7 +16,7 @@ namespace {
 // The buffers of a pass through one panel of an image; what does not fit takes single rows.
 constexpr int64_t kBufferBytes = 256 << 10;
 
-int64_t element_size(const Kernel& kernel) { return kernel.dtype == Dtype::kFloat32 ? 4 : 8; }
+int64_t element_size(const Kernel& kernel) { return mnv2_fused::element_size(kernel.dtype); }
 
 struct Schedule {
   TrainingStep t{};
