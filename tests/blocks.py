@@ -134,10 +134,14 @@ def expected(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> tup
     either. ReLU6 never enlarges an error. An error e of an operand contributes |w| e; those of the hidden channels
     come from different weights and are as good as independent, so that in the projection sum |w| e may be replaced by
     4 sqrt(sum (w e)^2) where that is smaller. u is half the dtype's epsilon, plus float64's own for the reference.
+
+    bfloat16 is added up in float32, whose epsilon counts then; d and y are rounded to bfloat16, once each, by at most
+    half of bfloat16's epsilon of their size (h is not: it stays float32). Products of two of its numbers are exact.
     """
     x, we, be, wd, bd, wp, bp = (None if t is None else t.double() for t in tensors)
     dtype = tensors[0].dtype
-    u = (torch.finfo(dtype).eps + torch.finfo(torch.float64).eps) / 2
+    narrow = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
+    u = (torch.finfo(torch.float32 if narrow else dtype).eps + torch.finfo(torch.float64).eps) / 2
 
     def rounding(terms: int) -> float:
         n = terms + 2
@@ -161,13 +165,14 @@ def expected(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> tup
 
     d = depthwise(h, wd, bd).clamp(0, 6)
     error = depthwise(error, wd.abs()) + rounding(9) * depthwise(h.abs() + error, wd.abs(), bd.abs())
-    error = finite(error)
+    error = finite(error + narrow * (d.abs() + error))
     y = F.conv2d(d, wp, bp)
     magnitude = F.conv2d(d.abs() + error, wp.abs(), bp.abs())
     carried = torch.minimum(F.conv2d(error, wp.abs()), 4 * F.conv2d(error**2, wp**2).sqrt())
     if options["residual"]:
         y, magnitude = y + x, magnitude + x.abs()
-    error = finite(carried + rounding(wp.shape[1]) * magnitude)
+    error = carried + rounding(wp.shape[1]) * magnitude
+    error = finite(error + narrow * (y.abs() + error))
     return y.clamp(0, 6) if options["project_relu6"] else y, error
 
 
@@ -202,12 +207,17 @@ CONVOLUTIONS = {  # layers of a plan, and the size of the image
 }
 
 
-def convolutions(layers: list[ops.Layer], size: tuple[int, int], relu6: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two images, the weights of the layers in one row, and what comes out, in float64; linear where relu6 is 0."""
+def convolutions(
+    layers: list[ops.Layer], size: tuple[int, int], relu6: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two images, the weights of the layers in one row, and what comes out, in float64; linear where relu6 is 0.
+
+    Images and weights are numbers of `dtype`.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).double()
 
     x = y = normal(2, layers[0].in_channels, *size)
     weights: list[Tensor] = []
@@ -218,7 +228,7 @@ def convolutions(layers: list[ops.Layer], size: tuple[int, int], relu6: int) -> 
             continue
         padded = F.pad(y, layer[6:10])
         if layer.kind == ops.BLOCK:
-            found = [normal(hidden, 1, 3, 3) / 3, normal(hidden), normal(out, hidden, 1, 1), normal(out)]
+            found = [normal(hidden, 1, 3, 3) / 4, normal(hidden), normal(out, hidden, 1, 1), normal(out)]
             y = F.conv2d(F.conv2d(padded, *found[:2], layer.stride, groups=hidden).clamp(0, 6), *found[2:])
         else:
             taps = 3 if layer.kind == ops.CONV3X3 else 1

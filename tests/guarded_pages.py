@@ -1,7 +1,8 @@
 """Runs blocks and a network on tensors that end, or begin, exactly at an unmapped page; tests start it.
 
-Arguments: float32 or float64, or `emulated` for the CUDA kernels, with `all` for the passes of training on every block
-with every kind of numbers. Prints each case before it runs, so that the last line names the one that crashed.
+Arguments: float32, float64 or bfloat16, or `emulated` for the CUDA kernels, with `all` for the passes of training on
+every block with every kind of numbers. Prints each case before it runs, so that the last line names the one that
+crashed.
 """
 
 from __future__ import annotations
