@@ -383,3 +383,24 @@ def test_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Ran() as ran:
         y = model.to(device)(x.to(device))["out"]
     assert ran.ops["network"] == 1 and error(y.cpu(), truth) < TOLERANCE
+
+
+@torch.no_grad()
+def test_bfloat16_on_the_cpu() -> None:
+    """The backbone is one op; the result is as near to float64 as that of PyTorch's modules.
+
+    Parameters that are bfloat16 themselves are rounded again when they have been folded, PyTorch's activations before
+    each BatchNorm: two draws of roundings, each the same for all images, of which one may be twice the other.
+    """
+    model, x = settled(), images(2, 65, 49)
+    value = plain(model, x)
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    with torch.autocast("cpu", torch.bfloat16), Ran() as ran:
+        assert model.unfused(x) == {}
+        y = model(x)["out"]
+    assert ran.ops["network"] == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(y, value) < 1.15 * error(composition(x)["out"], value)
+    y, right = (m.bfloat16()(x.bfloat16())["out"] for m in (model, composition))
+    assert y.dtype == torch.bfloat16 and error(y, value) < 2.5 * error(right, value)

@@ -823,6 +823,24 @@ def test_autocast_gives_float32_losses_and_detections() -> None:
     assert {t.dtype for t in (*losses.values(), found[0]["boxes"], found[0]["scores"])} == {torch.float32}
 
 
+@torch.no_grad()
+def test_bfloat16_on_the_cpu() -> None:
+    """Fused as in float32, by model.to and under autocast, and as near to float64 as PyTorch's modules."""
+    model, x = settled(), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    truth = heads(copy.deepcopy(composition).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.unfused(x) == {}
+        pairs = [(heads(model, x), heads(composition, x))]
+    model, composition, x = model.bfloat16(), composition.bfloat16(), x.bfloat16()
+    assert model.unfused(x) == {}
+    pairs.append((heads(model, x), heads(composition, x)))
+    for found, right in pairs:
+        for y, theirs, value in zip(found, right, truth, strict=True):
+            assert y.dtype == torch.bfloat16 and error(y, value) < 1.5 * error(theirs, value)
+
+
 GOOD = {"boxes": torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), "labels": torch.tensor([1, 2])}
 
 

@@ -422,7 +422,7 @@ struct Forward {
         for (int i = 0; i < s.conv_pad_left; ++i) to[i] = X{};
         to += s.conv_pad_left;
         if (image.stride_column == 1) {
-          for (int i = 0; i < s.image_width; ++i) to[i] = from[i];
+          __builtin_memcpy(to, from, sizeof(X) * s.image_width);
         } else {
           for (int i = 0; i < s.image_width; ++i) to[i] = from[i * image.stride_column];
         }
