@@ -16,8 +16,9 @@
 // Packed weights. A 1x1 or dense 3x3 convolution K -> N is cut into panels of `panel` output channels, each stored
 // [K][panel] (the last one narrower, a multiple of `lanes`), so that panel n0 begins at n0 * K and a register tile
 // reads it front to back; K runs over (channel, ky, kx) as in PyTorch's weight, and counts slots: a 3x3 has whole ones
-// in each of its rows. A depthwise one is [C / lanes][9][lanes]. The bias follows. Channels are padded with zeros to a multiple of `lanes`. A block's projection may
-// end in a panel of one and a half vectors, which would waste a quarter of its multiply-adds: see paired_panel.
+// in each of its rows. A depthwise one is [C / lanes][9][lanes]. The bias follows. Channels are padded with zeros to a
+// multiple of `lanes`. A block's projection may end in a panel of one and a half vectors, which would waste a quarter
+// of its multiply-adds: see paired_panel.
 #pragma once
 
 #include <cstdint>
@@ -105,8 +106,8 @@ struct Tiles {
 };
 
 // Whether the last panel of a projection is stored as [k / 2][3][lanes / 2 channels][2]: three vectors that each hold
-// half as many channels for two inputs (or slots of them), whose sums are added at the end. The same channels in two vectors, the second
-// one half empty, would take four multiply-adds for every two inputs instead of three.
+// half as many channels for two inputs (or slots of them), whose sums are added at the end. The same channels in two
+// vectors, the second one half empty, would take four multiply-adds for every two inputs instead of three.
 static constexpr bool paired_panel(const Tiles& tiles, int64_t channels, int64_t k) {
   return tiles.pairs && channels > tiles.lanes && channels <= tiles.lanes * 3 / 2 && k % (2 * tiles.slot) == 0;
 }
@@ -159,8 +160,8 @@ struct TrainingPass {
 // Kernel::moments takes so many pixels at once, less their mean.
 constexpr int kMomentPixels = 256;
 
-// One row of the kernel table. Every pointer is to the row's dtype, those to weights, scratch, zeros and partial sums to
-// what it adds up in; sizes and offsets are in elements. A row without `train` is for inference alone.
+// One row of the kernel table. Every pointer is to the row's dtype, those to weights, scratch, zeros and partial sums
+// to what it adds up in; sizes and offsets are in elements. A row without `train` is for inference alone.
 struct Kernel {
   const char* name;
   Dtype dtype;

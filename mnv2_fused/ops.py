@@ -91,9 +91,9 @@ def inverted_residual(
     if isinstance(padding, int) and not isinstance(padding, bool):
         padding = (padding,) * 4
     _output_shape(*arguments, stride, dilation, padding, residual)
-    if x.dtype not in TRAINING_DTYPES[_kernels_of(x)] and torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in arguments):
-            raise ValueError(f"x must be {_names(TRAINING_DTYPES[_kernels_of(x)])} for gradients, got {x.dtype}")
+    trained = x.dtype in (dtypes := TRAINING_DTYPES[_kernels_of(x)])
+    if not trained and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+        raise ValueError(f"x must be {_names(dtypes)} for gradients, got {x.dtype}")
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual)
         return inverted_residual_reference(*arguments, **options, project_relu6=project_relu6)

@@ -88,9 +88,7 @@ struct Float16 : Float32 {
   static V high(V slots) {
     return _mm256_castsi256_ps(_mm256_and_si256(bits(slots), _mm256_set1_epi32(int(0xffff0000))));
   }
-  static V dot(V a, V b, V c) {
-    return _mm256_fmadd_ps(high(a), high(b), _mm256_fmadd_ps(low(a), low(b), c));
-  }
+  static V dot(V a, V b, V c) { return _mm256_fmadd_ps(high(a), high(b), _mm256_fmadd_ps(low(a), low(b), c)); }
 };
 
 const char* const kFeatures[] = {"avx2", "fma", nullptr};

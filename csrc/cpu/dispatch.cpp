@@ -21,13 +21,8 @@ extern const Kernel kernel_f32, kernel_f64, kernel_bf16;
 
 const std::vector<const Kernel*>& kernels() {
   static const std::vector<const Kernel*> table = {
-      &avx512::kernel_f32,
-      &avx2::kernel_f32,
-      &scalar::kernel_f32,
-      &scalar::kernel_f64,
-      &avx512_bf16::kernel_bf16,
-      &avx2::kernel_bf16,
-      &scalar::kernel_bf16,
+      &avx512::kernel_f32,       &avx2::kernel_f32,  &scalar::kernel_f32,  &scalar::kernel_f64,
+      &avx512_bf16::kernel_bf16, &avx2::kernel_bf16, &scalar::kernel_bf16,
   };
   return table;
 }
@@ -35,9 +30,12 @@ const std::vector<const Kernel*>& kernels() {
 std::vector<std::pair<std::string, bool>> cpu_features() {
   __builtin_cpu_init();  // these builtins also ask whether the system saves the registers
   return {
-      {"avx2", __builtin_cpu_supports("avx2")},         {"fma", __builtin_cpu_supports("fma")},
-      {"avx512f", __builtin_cpu_supports("avx512f")},   {"avx512bw", __builtin_cpu_supports("avx512bw")},
-      {"avx512dq", __builtin_cpu_supports("avx512dq")}, {"avx512vl", __builtin_cpu_supports("avx512vl")},
+      {"avx2", __builtin_cpu_supports("avx2")},
+      {"fma", __builtin_cpu_supports("fma")},
+      {"avx512f", __builtin_cpu_supports("avx512f")},
+      {"avx512bw", __builtin_cpu_supports("avx512bw")},
+      {"avx512dq", __builtin_cpu_supports("avx512dq")},
+      {"avx512vl", __builtin_cpu_supports("avx512vl")},
       {"avx512_bf16", __builtin_cpu_supports("avx512bf16")},
   };
 }

@@ -114,7 +114,8 @@ struct Forward {
       for (; k >= 2 * kSlot; k -= 2 * kSlot) steps(Count<2>(), slot);  // 3% faster than one by one; four are no better
       if (k >= kSlot) steps(Count<1>(), slot);
       if constexpr (kSlot > 1) {  // half a slot: what follows in memory is not part of the sum
-        if (k % kSlot) steps(Count<1>(), [](const X* x) __attribute__((always_inline)) { return Isa::broadcast_half(x); });
+        if (k % kSlot)
+          steps(Count<1>(), [](const X* x) __attribute__((always_inline)) { return Isa::broadcast_half(x); });
       }
     }
   }
@@ -488,7 +489,8 @@ struct Forward {
             image_rows.segments(h, segment);
             for (int c = c0; c < c1; c += kPanel) {
               panel<Hidden>({segment, s.image_channels * 3, 3, 0, s.conv_stride},
-                            packed + s.expand_weight + int64_t(c) * s.image_channels * 3 * slots(3), packed + s.expand_bias + c,
+                            packed + s.expand_weight + int64_t(c) * s.image_channels * 3 * slots(3),
+                            packed + s.expand_bias + c,
                             {ring + (s.whole ? 0 : (c - c0) / kPanel * ring_panel),
                              s.pixel_offsets + h % s.ring_rows * s.width, 0, nullptr, nullptr, true, 0},
                             s.width, min(kPanel, c1 - c));
@@ -517,8 +519,8 @@ struct Forward {
               for (int i = 0; i < channels * 9; i += kLine) __builtin_prefetch(dw + i);
               for (int i = 0; i < channels; i += kLine) __builtin_prefetch(packed + s.depthwise_bias + c + i);
             }
-            expand(s, segment, packed + s.expand_weight + int64_t(c) * slots(s.in_channels), packed + s.expand_bias + c, h,
-                   h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead, ahead_size);
+            expand(s, segment, packed + s.expand_weight + int64_t(c) * slots(s.in_channels), packed + s.expand_bias + c,
+                   h, h0 % s.ring_rows * s.width, ring_pixels, (h1 - h0) * s.width, channels, ahead, ahead_size);
           } else if (s.source == Step::kCopy) {
             for (int row = h0; row < h1; ++row) copy_row(s, x, h, row, c, channels);
           }
@@ -551,13 +553,9 @@ struct Forward {
             const T* w = packed + s.project_weight + int64_t(n) * slots(s.hidden_channels);
             const T* bias = group == 0 ? packed + s.project_bias + n : zeros;
             const int64_t at = pixel * s.out_channels + n;
-            OutputsTo<Y> out = {to + at,
-                                nullptr,
-                                s.out_channels,
-                                residual,
-                                !partial_ && group > 0 ? sums + at : nullptr,
-                                last && s.relu6,
-                                0};
+            OutputsTo<Y> out = {
+                to + at,         nullptr, s.out_channels, residual, !partial_ && group > 0 ? sums + at : nullptr,
+                last && s.relu6, 0};
             if (s.whole && n + kPanel < s.out_channels) {
               out.ahead = w + int64_t(kPanel) * slots(s.hidden_channels) + int64_t(c0 / kSlot) * kPanel;
               out.ahead_size = int64_t(kPanel) * slots(c1 - c0);
@@ -596,8 +594,8 @@ struct Forward {
     while (count > 0) {
       const int to_end = ceil_div(ring_pixels - first, kTileM) * kTileM;
       const int now = min(count, to_end);
-      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, nullptr, true, 0, ahead, ahead_size},
-                    now, channels);
+      panel<Hidden>(pixels, w, bias, {h, s.pixel_offsets + first, 0, nullptr, nullptr, true, 0, ahead, ahead_size}, now,
+                    channels);
       pixels.offset += int64_t(now) * pixels.pixel_stride;
       first = (first + now) % ring_pixels;
       count -= now;

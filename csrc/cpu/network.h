@@ -50,13 +50,13 @@ void pack_depthwise(const Tiles& tiles, Dtype dtype, const void* w, int64_t chan
 struct Program {
   const Kernel* kernel;
   std::vector<Step> steps;
-  std::vector<int> last_layer;  // of the plan's, that each step computes
-  std::vector<std::vector<int32_t>> pixel_offsets;                            // what the steps point to
-  int64_t image_size;                                                         // elements of an image at the input
-  int64_t out_channels, out_height, out_width;                                // of the result; 1 x 1 once pooled
-  bool flat;                                                                  // the result is [N, out_channels]
-  int64_t activation_size, features;               // in elements
-  int64_t scratch_size, partial_size, zeros_size;  // in elements of sums
+  std::vector<int> last_layer;                      // of the plan's, that each step computes
+  std::vector<std::vector<int32_t>> pixel_offsets;  // what the steps point to
+  int64_t image_size;                               // elements of an image at the input
+  int64_t out_channels, out_height, out_width;      // of the result; 1 x 1 once pooled
+  bool flat;                                        // the result is [N, out_channels]
+  int64_t activation_size, features;                // in elements
+  int64_t scratch_size, partial_size, zeros_size;   // in elements of sums
 };
 
 // Of each pixel of a ring of rows, row-major, in elements; tile_m entries wrap around.

@@ -6,8 +6,8 @@
 namespace mnv2_fused {
 namespace {
 
-// The convolutions of a layer in order: outputs, and the inputs of each output (9 of a depthwise one), which are read in
-// runs: no slot holds inputs of two of them.
+// The convolutions of a layer in order: outputs, and the inputs of each output (9 of a depthwise one), which are read
+// in runs: no slot holds inputs of two of them.
 struct Convolution {
   int64_t n, k, run;
   bool depthwise = false, projection = false;
@@ -34,8 +34,8 @@ std::vector<Convolution> convolutions(const Layer& layer) {
   }
 }
 
-// w [n][k], with any strides, to panels [k][width]; blocks of 16 inputs keep both sides in L1. `projected` is the number
-// of values, not slots, that a projection adds up; 0 of anything else.
+// w [n][k], with any strides, to panels [k][width]; blocks of 16 inputs keep both sides in L1. `projected` is the
+// number of values, not slots, that a projection adds up; 0 of anything else.
 template <class T>
 void pack_panels(const T* w, int64_t n_count, int64_t k_count, int64_t n_stride, int64_t k_stride, const Tiles& tiles,
                  int64_t projected, T* packed) {

@@ -448,12 +448,11 @@ struct Training : Forward<Isa> {
       const T* segment[1] = {static_cast<const T*>(x) + first * channels};
       for (int n = 0; n < channels; n += kPanel) {
         const T* residual = residual_ ? static_cast<const T*>(residual_) + first * channels + n : nullptr;
-        F::template panel<typename F::Output>(
-            {segment, 1, channels, 0, channels}, static_cast<const T*>(w_) + int64_t(n) * channels, bias + n,
-            {static_cast<T*>(y_) + first * channels + n, nullptr, channels, residual,
-             static_cast<T*>(y_) + first * channels + n, false, 0},
-            count,
-            min(kPanel, channels - n));
+        F::template panel<typename F::Output>({segment, 1, channels, 0, channels},
+                                              static_cast<const T*>(w_) + int64_t(n) * channels, bias + n,
+                                              {static_cast<T*>(y_) + first * channels + n, nullptr, channels, residual,
+                                               static_cast<T*>(y_) + first * channels + n, false, 0},
+                                              count, min(kPanel, channels - n));
       }
     }
   }
