@@ -101,7 +101,9 @@ def test_block(block: dict, runner: str, force: Callable, measure: Callable) -> 
     with torch.no_grad():
         error = (run(x).double() - expected).norm() / expected.norm()
         # The longest sum has 960 terms: rounding errors add up to some sqrt(960) epsilons, with room for the ReLU6s.
-        assert error < 64 * torch.finfo(dtype).eps, f"{runner} is off by {error:.1e} (relative norm)"
+        # Of bfloat16 what is rounded to it counts, weights, d and y once each; of the others the sums.
+        roundings = 1 if dtype == torch.bfloat16 else 64
+        assert error < roundings * torch.finfo(dtype).eps, f"{runner} is off by {error:.1e} (relative norm)"
         measure(describe(block), macs_of(block), lambda: run(x), dtype)
 
 
