@@ -40,11 +40,15 @@ TORCH_SOURCES = (
 CUDA_ARCHS = "80;90"
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
-# A source that is not listed runs on every x86-64; the kernel table decides at run time which of the others are called.
+# A source without -m runs on every x86-64; the kernel table decides at run time which of the others are called.
 ISA_FLAGS = {
     "csrc/cpu/avx2.cpp": "-mavx2 -mfma",
     "csrc/cpu/avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma",
     "csrc/cpu/avx512_bf16.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma",
+    # The int8 rows agree to the bit: a multiply-add in one would round otherwise than a product and a sum in another.
+    "csrc/cpu/scalar_s8.cpp": "-ffp-contract=off",
+    "csrc/cpu/avx2_s8.cpp": "-mavx2 -ffp-contract=off",
+    "csrc/cpu/avx512_vnni_s8.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -ffp-contract=off",
 }
 
 

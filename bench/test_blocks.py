@@ -21,7 +21,7 @@ import mnv2_fused
 from mnv2_fused import ops
 
 BLOCKS = json.loads(Path(__file__).with_name("blocks.json").read_text())
-KERNELS = {kernel.name: kernel for kernel in mnv2_fused.kernels()}
+KERNELS = {kernel.name: kernel for kernel in mnv2_fused.kernels() if kernel.dtype.is_floating_point}
 TRAINING_BATCH = int(os.environ.get("MNV2_FUSED_BENCH_BATCH", 8))
 LAYOUTS = {"eager": torch.contiguous_format, "eager channels_last": torch.channels_last}
 

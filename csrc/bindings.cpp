@@ -53,11 +53,11 @@ py::list table() {
 }
 
 std::string selected(const std::string& dtype) {
-  for (const Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16}) {
+  for (const Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kInt8}) {
     if (dtype == dtype_name(d)) return select_kernel(d).name;
   }
   throw std::invalid_argument("no kernel computes in " + dtype +
-                              "; there are kernels for float32, float64 and bfloat16");
+                              "; there are kernels for float32, float64, bfloat16 and int8");
 }
 
 double fma_peak(const std::string& name, double seconds) {

@@ -69,6 +69,11 @@ struct Step {
 
   // In a worker's scratch (ring at 0). `sums` are of the groups so far, where y is narrower than they.
   int64_t d_offset, rows_offset, image_offset, sums_offset, scratch_size;
+
+  // Of an int8 row, see there: ring_rows counts quads of rows.
+  int image_ring;                                      // rows of the image that are kept as bytes
+  int64_t constants, image_constants, pool_constants;  // offsets in the packed weights
+  bool to_float;                                       // the mean is the result
 };
 
 // The image as the caller has it, in elements.
@@ -77,7 +82,7 @@ struct Image {
   int64_t stride_channel, stride_row, stride_column;
 };
 
-enum class Dtype : int { kFloat32, kFloat64, kBFloat16 };
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kInt8 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -160,6 +165,17 @@ struct TrainingPass {
 // Kernel::moments takes so many pixels at once, less their mean.
 constexpr int kMomentPixels = 256;
 
+// The int8 rows; mnv2_fused/quantization.py defines what they compute, to the bit. Images, logits and means are
+// float32, activations bytes, weights signed bytes, sums int32; a pixel's channels are rounded up to slots of 4 bytes,
+// in which offsets and sizes of weights and of working memory count. A convolution is packed as above with a slot for 4
+// inputs, the rest of the last one 0; that of a 3x3 over the image for up to 4 channels of a tap, K running over (ky,
+// kx, channel); a depthwise one is [C / lanes][kx][lanes] slots (w0, w1, w2, 0). The biases follow, then as many
+// float32 multipliers. All of them begin at cache lines. After those of a layer come four float32 constants:
+//   dense 3x3: 1 / scale and zero point of the image, offset of y (0 with a ReLU6)
+//   block: zero point of x, the residual's multiplier, offset of y        1x1: -, -, offset of y
+//   mean: zero point of x, multiplier, zero point of y
+constexpr int kConstants = 4;
+
 // One row of the kernel table. Every pointer is to the row's dtype, those to weights, scratch, zeros and partial sums
 // to what it adds up in; sizes and offsets are in elements. A row without `train` is for inference alone.
 struct Kernel {
@@ -173,12 +189,13 @@ struct Kernel {
   void (*block)(const Step&, const void* packed, const void* x, const Image& image, void* y, void* scratch,
                 const void* zeros, int row0, int row1, int group0, int group1, void* partial);
   // y of pixels [pixel0, pixel1) from the partial sums of all groups, each [pixels][out_channels].
-  void (*combine)(const Step&, const void* partials, const void* x, void* y, int pixel0, int pixel1);
+  void (*combine)(const Step&, const void* packed, const void* partials, const void* x, void* y, int pixel0,
+                  int pixel1);
   void (*conv)(const Step&, const void* packed, const Image& image, void* y, void* scratch, const void* zeros, int row0,
                int row1);
   // Output channels of panels [panel0, panel1): the map, or where the step is pooled its mean.
   void (*pointwise)(const Step&, const void* packed, const void* x, void* y, int panel0, int panel1);
-  void (*pool)(const Step&, const void* x, void* y);
+  void (*pool)(const Step&, const void* packed, const void* x, void* y);
   void (*linear)(const Step&, const void* packed, const void* x, void* y, int64_t rows, int panel0, int panel1);
 
   // One image of a training pass: moments of d where `mean` is given, gradients where `dz` is.

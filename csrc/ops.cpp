@@ -1,5 +1,6 @@
 // The ops of inference on the CPU: schemas, plans and their checks.
 #include <algorithm>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -15,9 +16,13 @@ struct Plan {
 
   int64_t packed_size() const {
     int64_t size = 0;
-    for (const Layer& layer : layers) size += mnv2_fused::packed_size(layer, kernel->tiles);
+    for (const Layer& layer : layers) {
+      size += int8() ? 4 * packed_size_s8(layer, kernel->tiles) : mnv2_fused::packed_size(layer, kernel->tiles);
+    }
     return size;
   }
+  // Its weights, packed or not, are bytes.
+  bool int8() const { return kernel->dtype == Dtype::kInt8; }
 };
 
 Plan parse(const std::vector<int64_t>& plan) {
@@ -64,11 +69,57 @@ std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, co
   return made;
 }
 
+// Bytes between a tensor in channels_last and maps whose pixels begin at slots.
+void copy_pixels(const Tensor& from, int64_t from_channels, const Tensor& to, int64_t to_channels, int64_t pixels) {
+  const auto* a = static_cast<const uint8_t*>(from.data_ptr());
+  auto* b = static_cast<uint8_t*>(to.data_ptr());
+  const size_t count = size_t(std::min(from_channels, to_channels));
+  for (int64_t i = 0; i < pixels; ++i) std::memcpy(b + i * to_channels, a + i * from_channels, count);
+}
+
+// A plan of int8: images to logits or means in float32, or where it begins or ends between them from or to bytes.
+Tensor execute_s8(const Prepared& prepared, const Tensor& input, const void* packed, double* seconds) {
+  const Program& program = prepared.program;
+  const bool image = program.x_element() == 4, map = program.y_element() == 1;
+  STD_TORCH_CHECK(input.scalar_type() == (image ? ScalarType::Float : ScalarType::Byte), "x must be ",
+                  image ? "float32, an image" : "uint8, as the first layer is no 3x3 over an image");
+  const int64_t batch = input.size(0), channels = input.size(1), pixels = batch * prepared.height * prepared.width;
+  Tensor x = input;
+  if (!image) {
+    const Tensor dense = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+    const int64_t padded = round_up(channels, program.map_channels);
+    x = torch::stable::empty({pixels, padded}, ScalarType::Byte);
+    copy_pixels(dense, channels, x, padded, pixels);
+  }
+  Tensor y = program.flat
+                 ? new_tensor({batch, program.out_channels}, input, MemoryFormat::Contiguous, ScalarType::Float)
+                 : torch::stable::empty({batch, program.map_size()}, ScalarType::Byte);
+  if (batch > 0) {
+    Call call{};
+    call.packed = packed;
+    call.x = x.data_ptr();
+    call.batch = batch;
+    call.stride_batch = image ? x.stride(0) : program.image_size;
+    if (image) call.image = {nullptr, x.stride(1), x.stride(2), x.stride(3)};
+    call.y = y.data_ptr();
+    call.seconds = seconds;
+    run(program, call, int(torch::stable::get_num_threads()), on_torch_threads);
+  }
+  if (!map) return y;
+  const int64_t out_pixels = batch * program.out_height * program.out_width;
+  const Tensor result =
+      torch::stable::empty({batch, program.out_channels, program.out_height, program.out_width}, ScalarType::Byte,
+                           std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  copy_pixels(y, round_up(program.out_channels, program.map_channels), result, program.out_channels, out_pixels);
+  return result;
+}
+
 Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed, double* seconds = nullptr) {
   const Plan& plan = prepared.plan;
   const Program& program = prepared.program;
   STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
                   " channels, got ", shape_of(input));
+  if (plan.int8()) return execute_s8(prepared, input, packed, seconds);
   STD_TORCH_CHECK(inference_dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype),
                   ", which ", plan.kernel->name, " computes in");
   const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
@@ -105,8 +156,28 @@ Tensor new_packed(int64_t size, Dtype dtype, const Tensor& like) {
   return new_tensor({size}, like, MemoryFormat::Contiguous, packed_type(dtype));
 }
 
+Tensor pack_bytes(const Tensor& weights, const Plan& plan) {
+  int64_t size = 0;
+  for (const Layer& layer : plan.layers) size += byte_size_s8(layer);
+  STD_TORCH_CHECK(weights.is_cpu() && weights.scalar_type() == ScalarType::Byte && weights.dim() == 1 &&
+                      weights.is_contiguous() && weights.numel() == size,
+                  "weights must be one dense row of ", size, " bytes (uint8) for this plan, got ", shape_of(weights));
+  const int64_t packed_size = plan.packed_size();
+  const Tensor packed = torch::stable::empty({packed_size}, ScalarType::Byte);
+  const auto* from = static_cast<const uint8_t*>(weights.data_ptr());
+  auto* to = static_cast<uint32_t*>(packed.data_ptr());
+  advise_huge_pages(to, size_t(packed_size));
+  for (const Layer& layer : plan.layers) {
+    pack_s8(layer, plan.kernel->tiles, from, to);
+    from += byte_size_s8(layer);
+    to += packed_size_s8(layer, plan.kernel->tiles);
+  }
+  return packed;
+}
+
 Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   const Plan plan = parse(integers);
+  if (plan.int8()) return pack_bytes(weights, plan);
   check_weights(weights, plan.layers);
   STD_TORCH_CHECK(weights.is_cpu(), "weights must be on the CPU");
   const Dtype dtype = plan.kernel->dtype, given = inference_dtype_of(weights, "weights");
@@ -133,10 +204,14 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
 
 void check_packed(const Tensor& packed, const Plan& plan) {
   const int64_t size = plan.packed_size();
+  const Dtype dtype = plan.kernel->dtype;
+  const ScalarType type = plan.int8() ? ScalarType::Byte : packed_type(dtype);
   STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == size && packed.is_contiguous() && packed.is_cpu() &&
-                      packed.scalar_type() == packed_type(plan.kernel->dtype),
+                      packed.scalar_type() == type,
                   "packed must be what mnv2_fused::pack returned for this plan: ", size, " elements of ",
-                  plan.kernel->dtype == Dtype::kFloat64 ? "float64" : "float32");
+                  plan.int8()                ? "uint8"
+                  : dtype == Dtype::kFloat64 ? "float64"
+                                             : "float32");
 }
 
 Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {

@@ -6,6 +6,7 @@ from .deeplab import DeepLabV3, segmentation_loss
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
 from .ops import empty_cache, inverted_residual, kernels, selected_kernel
+from .quantization import QuantizedModel, prepare_qat, quantize
 from .ssdlite import SSDLite
 
 __all__ = [
@@ -13,12 +14,15 @@ __all__ = [
     "InvertedResidual",
     "MobileNetV1",
     "MobileNetV2",
+    "QuantizedModel",
     "SSDLite",
     "empty_cache",
     "inverted_residual",
     "kernels",
     "mobilenet_v1",
     "mobilenet_v2",
+    "prepare_qat",
+    "quantize",
     "segmentation_loss",
     "selected_kernel",
 ]

@@ -26,9 +26,15 @@ def _force(row: mnv2_fused.ops.Kernel, monkeypatch: pytest.MonkeyPatch) -> mnv2_
     return row
 
 
-@pytest.fixture(params=_ROWS, ids=lambda row: row.name)
+@pytest.fixture(params=[row for row in _ROWS if row.dtype.is_floating_point], ids=lambda row: row.name)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> mnv2_fused.ops.Kernel:
-    """Each kernel row in turn, forced by MNV2_FUSED_KERNEL."""
+    """Each floating-point kernel row in turn, forced by MNV2_FUSED_KERNEL."""
+    return _force(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[row for row in _ROWS if row.dtype == torch.int8], ids=lambda row: row.name)
+def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> mnv2_fused.ops.Kernel:
+    """Each int8 kernel row in turn, forced by MNV2_FUSED_KERNEL."""
     return _force(request.param, monkeypatch)
 
 

@@ -1,7 +1,7 @@
 """Runs blocks and a network on tensors that end, or begin, exactly at an unmapped page; tests start it.
 
-Arguments: float32, float64 or bfloat16, or `emulated` for the CUDA kernels, with `all` for the passes of training on
-every block with every kind of numbers. Prints each case before it runs, so that the last line names the one that
+Arguments: float32, float64, bfloat16 or int8, or `emulated` for the CUDA kernels, with `all` for the passes of training
+on every block with every kind of numbers. Prints each case before it runs, so that the last line names the one that
 crashed.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
+from collections.abc import Callable
 
 import torch
 from blocks import DENSE, EDGES, Block, network_blocks
@@ -107,6 +109,42 @@ def check_packed_block(block: Block, dtype: torch.dtype, at_end: bool) -> None:
     assert torch.equal(y, mnv2_fused.inverted_residual(x, *weights, **block.options)), "the op and its plan differ"
 
 
+def check_int8() -> None:
+    """Blocks of bytes and a network, their packed weights too."""
+    import quantized
+
+    def check(layers: list[quantized.QuantizedLayer], x: Tensor) -> None:
+        usual = quantized.run(layers, x)
+        plan = ops.make_plan([q.layer for q in layers], torch.int8)
+        for at_end in (True, False):
+            with Guarded(at_end) as memory:
+                packed = torch.ops.mnv2_fused.pack(memory.place(torch.cat([q.bytes() for q in layers])), plan)
+                y = torch.ops.mnv2_fused.network(memory.place(x), memory.place(packed), plan)
+            assert torch.equal(usual, y), "other values beside a guarded page"
+
+    for row in mnv2_fused.kernels():
+        if row.dtype == torch.int8 and row.supported:
+            os.environ["MNV2_FUSED_KERNEL"] = row.name
+            check_int8_row(check)
+
+
+def check_int8_row(check: Callable[..., None]) -> None:
+    import quantized
+
+    for i, block in enumerate(cases()[::9]):
+        torch.set_num_threads(3 if i < 3 else 1)
+        print(block, flush=True)
+        check([quantized.block_layer(block)], quantized.block_input(block))
+    stem = quantized.conv_layer(3, 12, 2, (1, 1, 1, 1))
+    ends = [[quantized.pool_layer(12)], [quantized.pointwise_layer(12, 37), quantized.pool_layer(37)]]
+    ends += [[quantized.pool_layer(12), quantized.linear_layer(12, 21)]]
+    for height, width in ((1, 1), (5, 2), (33, 31), (20, 48)):
+        for layers in ([stem, *end] for end in ends):
+            for x in (torch.randn(2, 3, height, width), torch.randn(2, height, width, 3).permute(0, 3, 1, 2)):
+                print(layers[-1].layer, x.shape, x.stride(), flush=True)
+                check(layers, x)
+
+
 def check_emulated(all_pairs: bool) -> None:
     import emulation
 
@@ -157,6 +195,9 @@ def check_emulated_training(tensors: list[Tensor | None], options: tuple[object,
 def main() -> None:
     if sys.argv[1] == "emulated":
         return check_emulated(sys.argv[2:] == ["all"])
+    if sys.argv[1] == "int8":
+        check_int8()
+        return print("done", flush=True)
     dtype = getattr(torch, sys.argv[1])
     for i, block in enumerate(cases()):
         torch.set_num_threads(3 if i < 20 else 1)  # the first are those of a network, some of which threads share

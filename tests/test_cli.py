@@ -87,7 +87,7 @@ def test_info_with_a_forced_kernel(monkeypatch, kernel):
     report = json.loads(run("info", "--json", status=0 if kernel.supported else 1).stdout)
     assert report["override"] == kernel.name
     name = str(kernel.dtype).removeprefix("torch.")
-    others = dict.fromkeys({"float32", "float64", "bfloat16"} - {name})
+    others = dict.fromkeys({"float32", "float64", "bfloat16", "int8"} - {name})
     assert report["selected"] == {name: kernel.name if kernel.supported else None, **others}
     assert report["errors"].keys() >= others.keys()
 

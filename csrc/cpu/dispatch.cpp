@@ -12,17 +12,21 @@ extern const Kernel kernel_f32;
 namespace avx512_bf16 {
 extern const Kernel kernel_bf16;
 }
+namespace avx512_vnni {
+extern const Kernel kernel_s8;
+}
 namespace avx2 {
-extern const Kernel kernel_f32, kernel_bf16;
+extern const Kernel kernel_f32, kernel_bf16, kernel_s8;
 }
 namespace scalar {
-extern const Kernel kernel_f32, kernel_f64, kernel_bf16;
+extern const Kernel kernel_f32, kernel_f64, kernel_bf16, kernel_s8;
 }
 
 const std::vector<const Kernel*>& kernels() {
   static const std::vector<const Kernel*> table = {
       &avx512::kernel_f32,       &avx2::kernel_f32,  &scalar::kernel_f32,  &scalar::kernel_f64,
-      &avx512_bf16::kernel_bf16, &avx2::kernel_bf16, &scalar::kernel_bf16,
+      &avx512_bf16::kernel_bf16, &avx2::kernel_bf16, &scalar::kernel_bf16, &avx512_vnni::kernel_s8,
+      &avx2::kernel_s8,          &scalar::kernel_s8,
   };
   return table;
 }
@@ -37,14 +41,37 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
       {"avx512dq", __builtin_cpu_supports("avx512dq")},
       {"avx512vl", __builtin_cpu_supports("avx512vl")},
       {"avx512_bf16", __builtin_cpu_supports("avx512bf16")},
+      {"avx512_vnni", __builtin_cpu_supports("avx512vnni")},
   };
 }
 
 const char* dtype_name(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? "float32" : dtype == Dtype::kFloat64 ? "float64" : "bfloat16";
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+    case Dtype::kInt8:
+      return "int8";
+  }
+  return "";
 }
 
-int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kFloat64 ? 8 : 2; }
+int64_t element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return 4;
+    case Dtype::kFloat64:
+      return 8;
+    case Dtype::kBFloat16:
+      return 2;
+    case Dtype::kInt8:
+      return 1;
+  }
+  return 0;
+}
 
 int64_t sum_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 

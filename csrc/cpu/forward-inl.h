@@ -626,7 +626,8 @@ struct Forward {
     }
   }
 
-  static void combine(const Step& s, const void* partials_, const void* x_, void* y_, int pixel0, int pixel1) {
+  static void combine(const Step& s, const void* /*packed*/, const void* partials_, const void* x_, void* y_,
+                      int pixel0, int pixel1) {
     const T* partials = static_cast<const T*>(partials_);
     const X* x = static_cast<const X*>(x_);
     X* y = static_cast<X*>(y_);
@@ -676,7 +677,7 @@ struct Forward {
     Isa::store_n(y, Isa::load(sum), channels);
   }
 
-  static void pool(const Step& s, const void* x_, void* y_) {
+  static void pool(const Step& s, const void* /*packed*/, const void* x_, void* y_) {
     const int pixels = s.height * s.width;
     for (int c = 0; c < s.in_channels; c += kLanes) {
       const int left = s.in_channels - c;

@@ -77,11 +77,12 @@ struct Runner {
   const Call& call;
   const int threads;
   const int64_t element = element_size(program.kernel->dtype), sum = sum_size(program.kernel->dtype);
+  const int64_t x_element = program.x_element(), y_element = program.y_element();
   const bool linear = program.steps.back().kind == Layer::kLinear;
   char *zeros = nullptr, *features = nullptr, *partials = nullptr, *workers = nullptr;
 
   // In bytes, multiples of a cache line.
-  int64_t features_size() const { return linear ? round_up(call.batch * program.features, 32) * element : 0; }
+  int64_t features_size() const { return linear ? round_up(call.batch * program.features, 64) * element : 0; }
   int64_t worker_size() const { return 2 * program.activation_size * element + program.scratch_size * sum; }
   int64_t arena_size() const {
     return (program.zeros_size + program.partial_size) * sum + features_size() + threads * worker_size();
@@ -103,7 +104,7 @@ struct Runner {
   void image(int64_t index, int owner, int worker, bool shared, const Phase& phase) const {
     const Kernel& kernel = *program.kernel;
     Image image = call.image;
-    const char* x = static_cast<const char*>(call.x) + index * call.stride_batch * element;
+    const char* x = static_cast<const char*>(call.x) + index * call.stride_batch * x_element;
     image.data = x;
     const size_t count = program.steps.size() - linear;
     const int slices = shared ? threads : 1;
@@ -112,9 +113,8 @@ struct Runner {
       const Step& s = program.steps[i];
       char* y = activation(owner, i % 2);
       if (i + 1 == count) {
-        const int64_t size = program.flat ? (linear ? program.features : program.out_channels)
-                                          : program.out_channels * program.out_height * program.out_width;
-        y = (linear ? features : static_cast<char*>(call.y)) + index * size * element;
+        const int64_t size = program.flat ? (linear ? program.features : program.out_channels) : program.map_size();
+        y = linear ? features + index * size * element : static_cast<char*>(call.y) + index * size * y_element;
       }
       const auto cut = [&](int total, int slice) { return int(int64_t(total) * slice / slices); };
       switch (s.kind) {
@@ -136,7 +136,8 @@ struct Runner {
               kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, 0, s.out_height, g, g + 1,
                            partials + g * int64_t(pixels) * s.out_channels * sum);
             });
-            phase(slices, [&](int t) { kernel.combine(s, partials, x, y, cut(pixels, t), cut(pixels, t + 1)); });
+            phase(slices,
+                  [&](int t) { kernel.combine(s, call.packed, partials, x, y, cut(pixels, t), cut(pixels, t + 1)); });
           }
           break;
         case Layer::kPointwise: {
@@ -145,7 +146,7 @@ struct Runner {
           break;
         }
         case Layer::kPool:
-          phase(1, [&](int) { kernel.pool(s, x, y); });
+          phase(1, [&](int) { kernel.pool(s, call.packed, x, y); });
           break;
         case Layer::kLinear:
           break;

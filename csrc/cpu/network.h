@@ -40,6 +40,12 @@ int64_t packed_size(const Layer& layer, const Tiles& tiles);
 // `weights` points to each of them in that order, of the dtype that sums have.
 void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const* weights, void* packed);
 
+// The same of an int8 row: bytes of a layer as they come in, weights [n][k], biases and multipliers of each convolution
+// and the constants, one after the other; slots of them packed; and from the one to the other.
+int64_t byte_size_s8(const Layer& layer);
+int64_t packed_size_s8(const Layer& layer, const Tiles& tiles);
+void pack_s8(const Layer& layer, const Tiles& tiles, const uint8_t* bytes, uint32_t* packed);
+
 // One matrix [n][k], or where transposed [k][n], as a 1x1 convolution k -> n is packed; and depthwise taps
 // [channels][9].
 void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int64_t k, bool transposed, void* packed);
@@ -53,10 +59,18 @@ struct Program {
   std::vector<int> last_layer;                      // of the plan's, that each step computes
   std::vector<std::vector<int32_t>> pixel_offsets;  // what the steps point to
   int64_t image_size;                               // elements of an image at the input
+  int64_t map_channels;                             // a pixel's are a multiple of them
   int64_t out_channels, out_height, out_width;      // of the result; 1 x 1 once pooled
   bool flat;                                        // the result is [N, out_channels]
   int64_t activation_size, features;                // in elements
   int64_t scratch_size, partial_size, zeros_size;   // in elements of sums
+
+  int64_t map_size() const { return round_up(out_channels, map_channels) * out_height * out_width; }
+  // Bytes of an element of what comes in and what goes out. An int8 row takes an image and gives means or logits in
+  // float32; between them there are bytes.
+  int64_t x_element() const { return bytes() && steps[0].image_channels ? 4 : element_size(kernel->dtype); }
+  int64_t y_element() const { return bytes() && flat ? 4 : element_size(kernel->dtype); }
+  bool bytes() const { return kernel->dtype == Dtype::kInt8; }
 };
 
 // Of each pixel of a ring of rows, row-major, in elements; tile_m entries wrap around.

@@ -1,5 +1,6 @@
 // Weights from PyTorch's layouts to the packed one described in inverted_residual.h.
 #include <algorithm>
+#include <cstring>
 
 #include "network.h"
 
@@ -108,6 +109,14 @@ void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weigh
   }
 }
 
+constexpr int64_t kLine = 16;  // slots of a cache line
+
+// Of an output of an int8 row.
+int64_t slots_s8(const Layer& layer, const Convolution& c) {
+  if (c.depthwise) return 3;
+  return layer.kind == Layer::kConv3x3 ? 9 * ceil_div(c.k / 9, 4) : ceil_div(c.k, 4);
+}
+
 }  // namespace
 
 std::vector<int64_t> weight_sizes(const Layer& layer) {
@@ -128,6 +137,46 @@ void pack(const Layer& layer, const Tiles& tiles, Dtype dtype, const void* const
   } else {
     pack_layer(layer, tiles, weights, static_cast<float*>(packed));
   }
+}
+
+int64_t byte_size_s8(const Layer& layer) {
+  int64_t size = 4 * kConstants;
+  for (const Convolution& c : convolutions(layer)) size += c.n * (c.k + 8);
+  return size;
+}
+
+int64_t packed_size_s8(const Layer& layer, const Tiles& tiles) {
+  int64_t size = kLine;
+  for (const Convolution& c : convolutions(layer)) {
+    const int64_t n = round_up(c.n, tiles.lanes);
+    size += round_up(n * slots_s8(layer, c), kLine) + round_up(2 * n, kLine);
+  }
+  return size;
+}
+
+void pack_s8(const Layer& layer, const Tiles& tiles, const uint8_t* bytes, uint32_t* packed) {
+  std::fill_n(packed, packed_size_s8(layer, tiles), 0);
+  for (const Convolution& c : convolutions(layer)) {
+    const int64_t padded = round_up(c.n, tiles.lanes), slots = slots_s8(layer, c);
+    // A tap's channels begin at a slot.
+    const int64_t taps = layer.kind == Layer::kConv3x3 || c.depthwise ? 9 : 1, channels = c.k / taps;
+    for (int64_t n = 0; n < c.n; ++n) {
+      const int64_t width = c.depthwise ? tiles.lanes : tiles.panel;
+      const int64_t n0 = n / width * width, columns = std::min(width, padded - n0);
+      uint8_t* out = reinterpret_cast<uint8_t*>(packed + n0 * slots + n - n0);
+      for (int64_t k = 0; k < c.k; ++k) {
+        const int64_t channel = k / taps, ky = k % taps / 3, kx = k % 3;
+        const int64_t slot = c.depthwise ? kx : k % taps * ceil_div(channels, 4) + channel / 4;
+        out[slot * columns * 4 + (c.depthwise ? ky : channel % 4)] = *bytes++;
+      }
+    }
+    packed += round_up(padded * slots, kLine);
+    std::memcpy(packed, bytes, size_t(4 * c.n));
+    std::memcpy(packed + padded, bytes + 4 * c.n, size_t(4 * c.n));
+    bytes += 8 * c.n;
+    packed += round_up(2 * padded, kLine);
+  }
+  std::memcpy(packed, bytes, 4 * kConstants);
 }
 
 void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int64_t k, bool transposed, void* packed) {

@@ -15,6 +15,9 @@ constexpr int64_t kMaxGroups = 4, kMinGroupChannels = 96;
 // fewer of them twice: up to 160 KB, in L2, was measured better than what fits into L1 (112 wide: 8% and 4% a block).
 constexpr int64_t kPanelBytes = 160 << 10;
 constexpr int kMaxStripe = 8;
+// The same of the int8 rows, of a quad of rows of one panel.
+constexpr int64_t kPanelBytes8 = 64 << 10;
+constexpr int64_t kLine = 16;  // slots of a cache line
 
 struct Resolver {
   const Kernel& kernel;
@@ -23,14 +26,28 @@ struct Resolver {
   int64_t packed = 0;  // offset of the next weights
 
   int64_t element_size() const { return sum_size(kernel.dtype); }
+  bool int8() const { return kernel.dtype == Dtype::kInt8; }
+
   // That many values of an activation, or of a sum, in elements of sums.
   int64_t slots(int64_t values) const { return ceil_div(values, tiles.slot); }
 
   // Claims a convolution's place: weight, k slots for each output, then bias.
   void place(int64_t n, int64_t k, int64_t* weight, int64_t* bias) {
     *weight = packed;
+    if (int8()) {
+      *bias = packed + round_up(round_up(n, tiles.lanes) * k, kLine);
+      packed = *bias + round_up(2 * round_up(n, tiles.lanes), kLine);
+      return;
+    }
     *bias = packed + round_up(n, tiles.lanes) * k;
     packed = *bias + round_up(n, tiles.lanes);
+  }
+
+  // Of a layer of an int8 row.
+  void place_constants(int64_t* constants) {
+    if (!int8()) return;
+    *constants = packed;
+    packed += kLine;
   }
 
   static void set_conv(Step& step, const Layer& layer, int64_t height, int64_t width) {
@@ -64,7 +81,71 @@ struct Resolver {
     program.scratch_size = std::max(program.scratch_size, step.scratch_size);
   }
 
+  // Scratch: ring of quads | d | pointers to quads | image rows.
+  void lay_out_scratch_s8(Step& step, int64_t ring, int64_t d, int64_t pointers) {
+    step.d_offset = round_up(ceil_div(ring, 4), kLine);
+    step.rows_offset = step.d_offset + round_up(ceil_div(d, 4), kLine);
+    step.image_offset = step.rows_offset + round_up(pointers * 2, kLine);
+    step.scratch_size = step.image_offset;
+    if (step.image_channels) {
+      const int64_t image_row = step.conv_pad_left + step.image_width + step.conv_pad_right;
+      check_count(image_row * round_up(step.image_channels, 4));
+      step.scratch_size += round_up((1 + step.image_ring) * image_row * slots(step.image_channels), kLine);
+    }
+    program.scratch_size = std::max(program.scratch_size, step.scratch_size);
+  }
+
+  void conv_s8(Step& step) {
+    step.image_ring = std::min(step.image_height, 3);
+    lay_out_scratch_s8(step, 0, 0, 0);
+  }
+
+  void block_s8(Step& step) {
+    const int64_t panel = tiles.panel, hidden = step.hidden_channels;
+    step.row_length = step.pad_left + step.width + step.pad_right;
+    const int64_t quad = step.row_length * panel * 4;
+    // Rows of h as the filter takes them, see Stream in int8-inl.h.
+    const int common = step.stride == 2 && step.dilation % 2 == 0 ? 2 : 1;
+    const int64_t stride = step.stride / common, streams = step.dilation / common;
+    const auto quads = [&](int64_t stripe) { return ((stripe - 1) * stride + 2) / 4 + 1; };
+    const int64_t rows = ceil_div(step.out_height, std::min<int64_t>(streams, step.out_height));
+
+    step.whole = step.source != Step::kStem && int64_t(step.height) * step.width <= kPlanePixels;
+    step.groups = 1;
+    step.stripe = int(round_up(rows, 4));
+    if (step.whole) {
+      step.groups = int(std::clamp<int64_t>(hidden / kMinGroupChannels, 1, kMaxGroups));
+    } else {
+      const int64_t least = 4 / stride;
+      int64_t stripe = kMaxStripe;
+      while (stripe > least && quads(stripe) * quad > kPanelBytes8) stripe -= least;
+      step.stripe = int(std::min<int64_t>(stripe, step.stripe));
+    }
+    step.group_channels = int(round_up(ceil_div(hidden, step.groups), panel));
+    step.groups = int(ceil_div(hidden, step.group_channels));
+    step.ring_rows = int(quads(step.stripe));
+    step.d_stride = int(round_up(hidden, tiles.lanes));
+    if (step.d_stride % 1024 == 0) step.d_stride += 64;  // pixels would share cache sets
+    if (step.image_channels) {
+      const int64_t reach = 4 * step.ring_rows * int64_t(step.dilation) * step.conv_stride + 3;
+      step.image_ring = int(std::min<int64_t>(step.image_height, reach));
+    }
+
+    check_count(quad);
+    check_count(int64_t(step.out_height) * step.out_width);
+    const int64_t panels = step.whole ? 1 : ceil_div(hidden, panel);
+    check_count(step.ring_rows * quad);
+    lay_out_scratch_s8(step, panels * step.ring_rows * quad,
+                       std::min<int64_t>(step.stripe, rows) * step.out_width * step.d_stride, step.ring_rows + 1);
+    need_zeros(quad / 4);
+    if (step.groups > 1) {
+      const int64_t out = int64_t(step.out_height) * step.out_width * step.out_channels;
+      program.partial_size = std::max(program.partial_size, round_up(out * step.groups, 16));
+    }
+  }
+
   void block(Step& step) {
+    if (int8()) return block_s8(step);
     const int64_t panel = tiles.panel, hidden = step.hidden_channels;
     step.row_length = step.pad_left + step.width + step.pad_right;
     const int64_t reach = 2 * step.dilation + 1;
@@ -123,7 +204,9 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
   Resolver resolver{kernel, kernel.tiles, {}};
   Program& program = resolver.program;
   program.kernel = &kernel;
-  program.image_size = layers[0].in_channels * height * width;
+  program.map_channels = resolver.int8() ? 4 : 1;
+  const auto map_size = [&](int64_t channels) { return height * width * round_up(channels, program.map_channels); };
+  program.image_size = map_size(layers[0].in_channels);
   program.pixel_offsets.reserve(layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
     Resolver::check_count(height * width);
@@ -133,8 +216,11 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
     const bool next_pools = i + 1 < layers.size() && layers[i + 1].kind == Layer::kPool;
     if (layer->kind == Layer::kConv3x3) {
       Resolver::set_conv(step, *layer, height, width);
-      resolver.place(layer->out_channels, layer->in_channels * 3 * resolver.slots(3), &step.expand_weight,
-                     &step.expand_bias);
+      const int64_t in = layer->in_channels;
+      resolver.place(layer->out_channels, resolver.int8() ? resolver.slots(in) * 9 : in * 3 * resolver.slots(3),
+                     &step.expand_weight, &step.expand_bias);
+      resolver.place_constants(&step.constants);
+      step.image_constants = step.constants;
       height = out_extent(height, layer->pad_top + layer->pad_bottom, layer->stride, 1);
       width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, 1);
       if (height == 0 || width == 0) return std::move(program);
@@ -168,9 +254,10 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
           resolver.place(step.hidden_channels, resolver.slots(step.in_channels), &step.expand_weight,
                          &step.expand_bias);
         }
-        resolver.place(step.hidden_channels, 9, &step.depthwise_weight, &step.depthwise_bias);
+        resolver.place(step.hidden_channels, resolver.int8() ? 3 : 9, &step.depthwise_weight, &step.depthwise_bias);
         resolver.place(step.out_channels, resolver.slots(step.hidden_channels), &step.project_weight,
                        &step.project_bias);
+        resolver.place_constants(&step.constants);
         height = out_extent(height, layer->pad_top + layer->pad_bottom, layer->stride, layer->dilation);
         width = out_extent(width, layer->pad_left + layer->pad_right, layer->stride, layer->dilation);
         step.out_height = int(height);
@@ -179,27 +266,32 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
         resolver.block(step);
         break;
       case Layer::kConv3x3:
-        resolver.lay_out_scratch(step, 0, 0, step.image_channels * 3);
+        resolver.int8() ? resolver.conv_s8(step) : resolver.lay_out_scratch(step, 0, 0, step.image_channels * 3);
         break;
       case Layer::kPointwise:
         resolver.place(step.out_channels, resolver.slots(step.in_channels), &step.project_weight, &step.project_bias);
+        resolver.place_constants(&step.constants);
         if (next_pools && layer->relu6) {
           step.pooled = true;
+          resolver.place_constants(&step.pool_constants);
           ++i;
         }
         break;
       case Layer::kPool:
+        resolver.place_constants(&step.pool_constants);
         break;
       case Layer::kLinear:
         resolver.place(step.out_channels, resolver.slots(step.in_channels), &step.project_weight, &step.project_bias);
+        resolver.place_constants(&step.constants);
         break;
     }
     if (step.kind == Layer::kPool || step.pooled) {
       height = width = 1;
       program.flat = true;
-      program.features = step.out_channels;
+      program.features = round_up(step.out_channels, program.map_channels);
+      step.to_float = i + 1 == layers.size();
     } else if (step.kind != Layer::kLinear && i + 1 < layers.size()) {
-      program.activation_size = std::max(program.activation_size, height * width * step.out_channels);
+      program.activation_size = std::max(program.activation_size, map_size(step.out_channels));
     }
     program.out_channels = step.out_channels;
     program.steps.push_back(step);
@@ -207,7 +299,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
   }
   program.out_height = height;
   program.out_width = width;
-  program.activation_size = round_up(program.activation_size, 32);
+  program.activation_size = round_up(program.activation_size, 64);
   resolver.need_zeros(kernel.tiles.panel);
   program.zeros_size = round_up(program.zeros_size, 16);
   return std::move(resolver.program);

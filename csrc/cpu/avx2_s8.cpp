@@ -1,0 +1,132 @@
+// The AVX2 row of the kernel table, in 8-bit integers: only what this ISA changes.
+#include <immintrin.h>
+
+#include "../inverted_residual.h"
+
+namespace mnv2_fused::avx2 {
+namespace {
+
+#include "int8-inl.h"
+
+// AVX2's product of unsigned and signed bytes, vpmaddubsw, saturates its sums of two. Here bytes are widened to 16 bits
+// and multiplied by vpmaddwd, whose sums of two are exact: the even bytes of each lane and the odd ones in vectors of
+// their own, which two shifts make of a lane's four.
+struct Int8Avx2 {
+  struct Halves {
+    __m256i even, odd;
+  };
+  using V = __m256i;
+  using F = __m256;
+  using A = Halves;
+  using W = Halves;
+  using Interleave = __m256i;
+  static constexpr int kLanes = 8;
+  // 8 accumulators, 4 halves of weights, 2 of the broadcast pixel: 14 of 16 registers.
+  static constexpr int kTileM = 4;
+  static constexpr int kQuadColumns = 1;
+  static constexpr int kDepthwiseColumns = 2;
+  static constexpr int kStreams = 4;
+
+  static V load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static V load_n(const int32_t* p, int n) { return _mm256_maskload_epi32(p, mask(n)); }
+  static void store(int32_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static void store_n(int32_t* p, V v, int n) { _mm256_maskstore_epi32(p, mask(n), v); }
+  static F load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_floats(float* p, F v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
+  static V load_bytes(const uint8_t* p, int n) {
+    uint64_t bytes = 0;
+    n == kLanes ? __builtin_memcpy(&bytes, p, 8) : __builtin_memcpy(&bytes, p, size_t(n));
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
+  }
+  static F floats_of(const uint8_t* p, int n) { return _mm256_cvtepi32_ps(load_bytes(p, n)); }
+  static V zero() { return _mm256_setzero_si256(); }
+  static V broadcast(int v) { return _mm256_set1_epi32(v); }
+  static F broadcast_float(float v) { return _mm256_set1_ps(v); }
+
+  static A activations(V bytes) {
+    return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+  }
+  static A broadcast(const uint8_t* p) {
+    int32_t slot;
+    __builtin_memcpy(&slot, p, 4);
+    return activations(_mm256_set1_epi32(slot));
+  }
+  static V quad_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static A quads(const uint8_t* p) { return activations(quad_bytes(p)); }
+  // The lower two rows of each quad at q0 with the upper two of that at q1.
+  static A quads_between(const uint8_t* q0, const uint8_t* q1) {
+    return activations(_mm256_or_si256(_mm256_srli_epi32(quad_bytes(q0), 16), _mm256_slli_epi32(quad_bytes(q1), 16)));
+  }
+  static W halves(V bytes) { return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)}; }
+  static W weights(const uint32_t* p) { return halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static W weights_below(const uint32_t* p) {
+    return halves(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 8));
+  }
+  static V dot(V sum, A a, W w) {
+    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(a.even, w.even), _mm256_madd_epi16(a.odd, w.odd)));
+  }
+
+  static V add(V a, V b) { return _mm256_add_epi32(a, b); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F scaled(V v, F m) { return _mm256_mul_ps(_mm256_cvtepi32_ps(v), m); }
+  static V round(F v) { return _mm256_cvtps_epi32(v); }
+  static V clamp(V v) { return _mm256_min_epi32(_mm256_max_epi32(v, zero()), broadcast(255)); }
+  // max and min return their second operand when the first is NaN.
+  static V quantized(const float* p, float inverse_scale, float zero_point) {
+    F t = _mm256_add_ps(_mm256_mul_ps(load_floats(p), broadcast_float(inverse_scale)), broadcast_float(zero_point));
+    t = _mm256_min_ps(_mm256_max_ps(t, _mm256_setzero_ps()), broadcast_float(255));
+    return round(t);
+  }
+  static void store_bytes(uint8_t* p, V v, int n) {
+    const V order = _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0);
+    const V words = _mm256_packs_epi32(v, v);
+    const V bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words), order);
+    const int64_t eight = _mm_cvtsi128_si64(_mm256_castsi256_si128(bytes));
+    n == kLanes ? __builtin_memcpy(p, &eight, 8) : __builtin_memcpy(p, &eight, size_t(n));
+  }
+
+  // Four vectors as bytes, in each 128 bits four lanes of the first, then of the second, ...
+  static V pack(const V (&v)[4]) {
+    return _mm256_packus_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  }
+  // For each lane four bytes, of which `rows` from byte `begin` on are v[0], v[1], ... and the others 0.
+  static Interleave interleave(int begin, int rows) {
+    alignas(16) int8_t index[16];
+    for (int lane = 0; lane < 4; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = i - begin;
+        index[lane * 4 + i] = int8_t(row >= 0 && row < rows ? row * 4 + lane : -1);
+      }
+    }
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(index)));
+  }
+  static void store_quad(uint8_t* p, const V (&v)[4], Interleave interleave) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(pack(v), interleave));
+  }
+  // Each vector as bytes to its own place, the first n of them.
+  static MNV2_INLINE void store_pixels(uint8_t* const (&to)[4], const V (&v)[4], int n) {
+    const V bytes = _mm256_permutevar8x32_epi32(pack(v), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to[0]), low);
+    if (n > 1) _mm_storel_epi64(reinterpret_cast<__m128i*>(to[1]), _mm_unpackhi_epi64(low, low));
+    if (n > 2) _mm_storel_epi64(reinterpret_cast<__m128i*>(to[2]), high);
+    if (n > 3) _mm_storel_epi64(reinterpret_cast<__m128i*>(to[3]), _mm_unpackhi_epi64(high, high));
+  }
+
+ private:
+  // The first n lanes: eight from the middle of eight ones and eight zeros.
+  static __m256i mask(int n) {
+    alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - n));
+  }
+};
+
+const char* const kFeatures[] = {"avx2", nullptr};
+
+}  // namespace
+
+extern const Kernel kernel_s8;
+const Kernel kernel_s8 = Int8<Int8Avx2>::kernel("avx2_s8", kFeatures);
+
+}  // namespace mnv2_fused::avx2
