@@ -38,6 +38,15 @@ def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return _force(request.param, monkeypatch)
 
 
+_TRAINING = [row for row in _ROWS if row.dtype in ops.TRAINING_DTYPES["cpu"]]
+
+
+@pytest.fixture(params=_TRAINING, ids=lambda row: row.name)
+def training_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> mnv2_fused.ops.Kernel:
+    """Each kernel row that trains in turn, forced by MNV2_FUSED_KERNEL."""
+    return _force(request.param, monkeypatch)
+
+
 @pytest.fixture(params=[row for row in _ROWS if row.dtype == torch.float32], ids=lambda row: row.name)
 def float32_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> mnv2_fused.ops.Kernel:
     """Each float32 kernel row in turn, forced by MNV2_FUSED_KERNEL."""

@@ -100,7 +100,9 @@ def random_blocks(draw: st.DrawFn, limit: int) -> Block:
 @pytest.mark.parametrize(
     ("examples", "limit"), [(60, 1_000_000), pytest.param(1000, 10_000_000, marks=pytest.mark.exhaustive)]
 )
-def test_random_blocks(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, examples: int, limit: int) -> None:
+def test_random_blocks(
+    training_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, examples: int, limit: int
+) -> None:
     """Output, gradients and running statistics of any block.
 
     In float32 two ways of rounding the same sums differ by some eps times `condition`; where the composition's own
@@ -115,8 +117,8 @@ def test_random_blocks(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, exa
     @given(random_blocks(limit))
     def check_one(case: Block) -> None:
         block, x, truth, scale, eager, condition = prepare(case)
-        found = errors(step(block, x, kernel.dtype, fused=True), truth, scale)
-        if kernel.dtype == torch.float64:
+        found = errors(step(block, x, training_kernel.dtype, fused=True), truth, scale)
+        if training_kernel.dtype == torch.float64:
             check(found, EXACT, case)
             return
         check(found, {name: max(10 * e, 32 * EPS * condition) for name, e in eager.items()}, case)
@@ -138,11 +140,11 @@ def test_random_blocks(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, exa
     ],
     ids=lambda case: case.id,
 )
-def test_tall_maps(kernel: mnv2_fused.ops.Kernel, case: Block) -> None:
+def test_tall_maps(training_kernel: mnv2_fused.ops.Kernel, case: Block) -> None:
     """Passes over which the rings wrap around many times: the buffers hold a few of these rows."""
     block, x, truth, scale, eager, condition = prepare(case)
-    found = errors(step(block, x, kernel.dtype, fused=True), truth, scale)
-    exact = kernel.dtype == torch.float64
+    found = errors(step(block, x, training_kernel.dtype, fused=True), truth, scale)
+    exact = training_kernel.dtype == torch.float64
     check(found, EXACT if exact else {name: max(10 * e, 32 * EPS * condition) for name, e in eager.items()}, case)
 
 
@@ -183,9 +185,9 @@ def test_sums_over_many_pixels(
     check(errors(results, truth, {name: float(t.norm()) for name, t in truth.items()}), 2e-6)
 
 
-def test_sums_over_no_images(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None) -> None:
+def test_sums_over_no_images(training_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None) -> None:
     """0: one of several processes may have no image."""
-    x, we, be, wd, _, wp, _ = SMALL[0].tensors(kernel.dtype)
+    x, we, be, wd, _, wp, _ = SMALL[0].tensors(training_kernel.dtype)
     none, table, geometry = x[:0], torch.ones(6, len(wd), dtype=x.dtype), (1, 1, (1, 1, 1, 1))
     results = {
         "block_gradients": torch.ops.mnv2_fused.block_gradients(none, none, we, be, wd, wp, table, *geometry, 15),
@@ -683,14 +685,14 @@ def test_hard_inputs(float32_kernel: mnv2_fused.ops.Kernel, input: str) -> None:
 
 
 @pytest.mark.parametrize("case", (USUAL, *SMALL), ids=lambda case: case.id)
-def test_non_finite(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, case: Block) -> None:
+def test_non_finite(training_kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, case: Block) -> None:
     """A pixel, or one number, of x is NaN, the statistics are frozen: gradients are NaN where the composition's are."""
     block, x = prepared(case)
     block.eval()
     height, width = case.height // 2, case.width // 2
     for at in ((0, slice(None), height, width), (0, 1, height, width), (0, slice(None), 0, case.width - 1)):
         results = []
-        for dtype, fused in ((torch.float64, False), (kernel.dtype, True)):
+        for dtype, fused in ((torch.float64, False), (training_kernel.dtype, True)):
             one = copy.deepcopy(block).to(dtype)
             one.fused = fused
             given = x.to(dtype, copy=True)
@@ -704,7 +706,7 @@ def test_non_finite(kernel: mnv2_fused.ops.Kernel, poisoned_memory: None, case: 
             assert torch.equal(found[name].isnan(), t.isnan()), (name, at)
         truth, found = ({name: t.nan_to_num(0) for name, t in r.items()} for r in (truth, found))
         scale = {name: max(float(t.norm()), 1.0) for name, t in truth.items()}
-        check(errors(found, truth, scale), EXACT if kernel.dtype == torch.float64 else 1e-4, at)
+        check(errors(found, truth, scale), EXACT if training_kernel.dtype == torch.float64 else 1e-4, at)
 
 
 def test_gradients_of_one_sign(float32_kernel: mnv2_fused.ops.Kernel) -> None:
