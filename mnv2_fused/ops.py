@@ -430,6 +430,11 @@ def _(x, packed, plan):
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
+@torch.library.register_fake("mnv2_fused::network_seconds")
+def _(x, packed, plan):
+    return _doubles(x, len(layers_of(plan)))
+
+
 @register_flop_formula(_OPS.network, get_raw=True)
 def _(x, packed, plan, out_val=None, **_) -> int:
     return 2 * _walk(x, plan)[1]

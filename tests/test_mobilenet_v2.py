@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import torch
 from networks import TOLERANCE, check, error, fused, images, plain, settle
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2, mobilenet_v2, network
@@ -1120,3 +1122,27 @@ def test_python_threads() -> None:
             results = [pair for pairs in pool.map(calls, range(4)) for pair in pairs]
         right = [check(model, x) for x in xs]
         assert all(torch.equal(y, right[i]) for i, y in results)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layer_seconds(threads: int) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    model, x = MobileNetV2(10, 0.35).eval(), torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        start = time.perf_counter()
+        found = model.layer_seconds(x)
+        wall = time.perf_counter() - start
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+    assert len(found) == len(model.features) + 2  # the mean, the classifier
+    assert sum(macs for _, macs, _ in found) == counter.get_total_flops() // 2
+    computed_with_the_next = {0, len(model.features) - 1}  # the stem, the head
+    assert {i for i, (_, _, seconds) in enumerate(found) if seconds == 0} == computed_with_the_next
+    assert all(seconds >= 0 for *_, seconds in found) and 0 < sum(seconds for *_, seconds in found) < wall
+    model.fused = False
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the attribute `fused` is False"):
+        model.layer_seconds(x)
+    model.fused = True
+    with pytest.raises(RuntimeError, match="gradients are asked for"):
+        model.layer_seconds(x)
