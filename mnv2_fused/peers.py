@@ -74,8 +74,8 @@ class Runner(NamedTuple):
 def _fused(model: nn.Module, example: Tensor, threads: int) -> Call:
     torch.set_num_threads(threads)
     with torch.no_grad():
-        if reasons := model.unfused(example):
-            raise RuntimeError(f"the model would not run fused: {reasons}")
+        if reason := model.why_not_fused(example):
+            raise RuntimeError(f"the model would not run fused: {reason}")
     return torch.no_grad()(model)
 
 

@@ -55,6 +55,12 @@ _CONVOLUTIONS = {  # of each kind of layer
 }
 
 
+def _names(layer: Layer) -> tuple[str, ...]:
+    """Of its convolutions."""
+    names = _CONVOLUTIONS[layer.kind]
+    return names if layer.kind != ops.BLOCK or layer.expand else names[1:]
+
+
 class Range(NamedTuple):
     """How a tensor of activations is quantised: its bytes q stand for scale * (q - zero_point)."""
 
@@ -88,10 +94,6 @@ class QuantizedLayer(NamedTuple):
     convolutions: tuple[Convolution, ...]
     constants: Tensor
     ranges: tuple[Range, ...]
-
-    def names(self) -> tuple[str, ...]:
-        names = _CONVOLUTIONS[self.layer.kind]
-        return names if self.layer.kind != ops.BLOCK or self.layer.expand else names[1:]
 
     def bytes(self) -> Tensor:
         """What the op `pack` takes of it: uint8."""
@@ -162,11 +164,6 @@ class FloatLayer(NamedTuple):
     same: bool
     convolutions: tuple[tuple[Tensor, Tensor], ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        names = _CONVOLUTIONS[self.layer.kind]
-        return names if self.layer.kind != ops.BLOCK or self.layer.expand else names[1:]
-
 
 def _stages(model: nn.Module) -> list[Stage]:
     if not isinstance(model, MobileNet):
@@ -234,7 +231,7 @@ def _float_tensors(parts: list[FloatLayer], x: Tensor) -> Iterator[tuple[str, Te
     yield "image", x
     for i, part in enumerate(_sized(parts, *x.shape[2:])):
         results = _float_layer(part, x)
-        names = part.names if part.convolutions else ("mean",)
+        names = _names(part.layer) or ("mean",)
         for name, y in zip(names, results, strict=True):
             yield f"{i}.{name}", y
         x = results[-1]
@@ -330,7 +327,7 @@ def _build(parts: list[FloatLayer], ranges: dict[str, Range], per_channel: bool)
         convolutions: list[Convolution] = []
         given = x
         outputs: list[Range] = []
-        for name, (weight, bias) in zip(part.names, part.convolutions, strict=True):
+        for name, (weight, bias) in zip(_names(part.layer), part.convolutions, strict=True):
             y = None if layer.kind == ops.LINEAR else ranges[f"{i}.{name}"]
             convolutions.append(_convolution(weight, bias, x, y and y.scale, per_channel))
             if y is not None:
@@ -475,7 +472,7 @@ class QuantizedModel(nn.Module):
         _check_images(x, self.in_channels)
         for i, q in enumerate(_sized(self.layers, *x.shape[2:])):
             results = reference_layer(q, x, i + 1 == len(self.layers))
-            names = q.names() if q.convolutions else ("mean",)
+            names = _names(q.layer) or ("mean",)
             ranges = q.ranges or (None,)
             for name, r, y in zip(names, ranges, results, strict=True):
                 yield f"{i}.{name}", r, y
@@ -488,7 +485,7 @@ class QuantizedModel(nn.Module):
             tensors[f"{i}.layer"] = torch.tensor([*q.layer, int(q.same)])
             tensors[f"{i}.constants"] = q.constants
             tensors[f"{i}.ranges"] = _range_tensor(q.ranges)
-            for name, c in zip(q.names(), q.convolutions, strict=True):
+            for name, c in zip(_names(q.layer), q.convolutions, strict=True):
                 for part, tensor in c._asdict().items():
                     tensors[f"{i}.{name}.{part}"] = tensor.contiguous()
         safetensors.torch.save_file(tensors, path)
@@ -569,9 +566,8 @@ def _read(tensors: dict[str, Tensor]) -> tuple[list[QuantizedLayer], Range]:
             ops.POOL: (),
             ops.LINEAR: ((o, c),),
         }[layer.kind]
-        names = _CONVOLUTIONS[layer.kind]
-        if layer.kind == ops.BLOCK and not layer.expand:
-            names, shapes = names[1:], shapes[1:]
+        names = _names(layer)
+        shapes = shapes[len(shapes) - len(names) :]  # a block's expansion is the first
         last = i + 1 == count
         given = 0 if layer.kind == ops.LINEAR or (layer.kind == ops.POOL and last) else max(len(names), 1)
         found = tuple(
@@ -691,7 +687,7 @@ class QATModel(nn.Module):
         names = ["image"]
         for i, stage in enumerate(self._stages):
             kind = stage.layer.kind
-            names += [f"{i}.{name}" for name in FloatLayer(stage.layer, stage.same, ()).names if kind != ops.LINEAR]
+            names += [f"{i}.{name}" for name in _names(stage.layer) if kind != ops.LINEAR]
             names += [f"{i}.mean"] * (kind == ops.POOL)
         self._places = {name: i for i, name in enumerate(names)}
         self.register_buffer("lows", torch.zeros(len(names)))
@@ -739,9 +735,8 @@ class QATModel(nn.Module):
                 x = x.mean((2, 3))
                 x = x if i + 1 == len(self._stages) else self._round(f"{i}.mean", x)
                 continue
-            names = FloatLayer(layer, stage.same, ()).names
             y = x
-            for name, (conv, norm) in zip(names, stage.weights, strict=True):
+            for name, (conv, norm) in zip(_names(layer), stage.weights, strict=True):
                 weight = self._weight(conv, norm)
                 if layer.kind == ops.LINEAR:
                     y = F.linear(y, weight, conv.bias)

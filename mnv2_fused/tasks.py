@@ -60,8 +60,8 @@ class Tensors(nn.Module):
     def fused(self, value: bool) -> None:
         self.model.fused = value
 
-    def unfused(self, x: Tensor) -> dict[str, str]:
-        return self.model.unfused(x)
+    def why_not_fused(self, x: Tensor) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self.model.unfused(x).items())
 
 
 class DetectorTensors(Tensors):

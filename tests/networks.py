@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mnv2_fused import MobileNetV2
+
 # Largest relative error of a row of logits, in norm: float32 with room for 50 layers.
 TOLERANCE = 2e-5
+WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.4)
+SIZES = ((224, 224), (97, 131), (65, 33), (32, 32))
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -38,6 +42,11 @@ def settle(model: Model, size: int = 64) -> Model:
             bn.running_mean.add_(0.2 * bn.running_var.sqrt() * torch.randn(bn.num_features))
             bn.running_var.mul_(torch.empty(bn.num_features).uniform_(0.7, 1.4))
     return model.eval()
+
+
+def settled(width_mult: float = 0.35, seed: int = 0, **options: Any) -> MobileNetV2:
+    torch.manual_seed(seed)
+    return settle(MobileNetV2(width_mult=width_mult, **options))
 
 
 @cache

@@ -48,7 +48,7 @@ struct Float32 {
 };
 
 // bfloat16 in memory, widened in registers.
-struct Float16 : Float32 {
+struct Bf16 : Float32 {
   using X = BFloat16;
   // 8 accumulators, two halves of 2 weight vectors and of the broadcast slot: 14 registers.
   static constexpr int kTileM = 4, kTileN = 2;
@@ -97,6 +97,6 @@ const char* const kFeatures[] = {"avx2", "fma", nullptr};
 
 extern const Kernel kernel_f32, kernel_bf16;
 const Kernel kernel_f32 = Training<Float32>::kernel("avx2_f32", Dtype::kFloat32, kFeatures);
-const Kernel kernel_bf16 = Forward<Float16>::kernel("avx2_bf16", Dtype::kBFloat16, kFeatures);
+const Kernel kernel_bf16 = Forward<Bf16>::kernel("avx2_bf16", Dtype::kBFloat16, kFeatures);
 
 }  // namespace mnv2_fused::avx2

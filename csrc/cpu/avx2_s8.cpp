@@ -92,14 +92,8 @@ struct Int8Avx2 {
   }
   // For each lane four bytes, of which `rows` from byte `begin` on are v[0], v[1], ... and the others 0.
   static Interleave interleave(int begin, int rows) {
-    alignas(16) int8_t index[16];
-    for (int lane = 0; lane < 4; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        const int row = i - begin;
-        index[lane * 4 + i] = int8_t(row >= 0 && row < rows ? row * 4 + lane : -1);
-      }
-    }
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(index)));
+    const InterleaveBytes index(begin, rows);
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(index.of)));
   }
   static void store_quad(uint8_t* p, const V (&v)[4], Interleave interleave) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(pack(v), interleave));

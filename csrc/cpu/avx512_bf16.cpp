@@ -14,7 +14,7 @@ namespace {
 #include "forward-inl.h"
 
 // Tiles as those of float32, whose every multiply-add becomes two.
-struct Float16 : Float32 {
+struct Bf16 : Float32 {
   using X = BFloat16;
   using Slots = double __attribute__((may_alias, aligned(2)));  // two of them, which travel together
   using Slot = float __attribute__((may_alias, aligned(2)));
@@ -38,6 +38,6 @@ const char* const kFeatures[] = {"avx512f", "avx512bw", "avx512dq", "avx512vl", 
 }  // namespace
 
 extern const Kernel kernel_bf16;
-const Kernel kernel_bf16 = Forward<Float16>::kernel("avx512_bf16", Dtype::kBFloat16, kFeatures);
+const Kernel kernel_bf16 = Forward<Bf16>::kernel("avx512_bf16", Dtype::kBFloat16, kFeatures);
 
 }  // namespace mnv2_fused::avx512_bf16

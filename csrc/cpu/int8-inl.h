@@ -11,6 +11,20 @@
 #define MNV2_INLINE inline __attribute__((always_inline))
 #define MNV2_UNROLL _Pragma("GCC unroll 32")
 
+// For vpshufb on 16 bytes that are four of a first row, four of a second, ...: of each column four bytes, of which
+// `rows` from byte `begin` on are the first rows' and the others 0.
+struct alignas(16) InterleaveBytes {
+  int8_t of[16];
+  InterleaveBytes(int begin, int rows) {
+    for (int column = 0; column < 4; ++column) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = i - begin;
+        of[column * 4 + i] = int8_t(row >= 0 && row < rows ? row * 4 + column : -1);
+      }
+    }
+  }
+};
+
 template <class Isa>
 struct Int8 {
   using V = typename Isa::V;  // 32-bit sums

@@ -10,6 +10,8 @@
 
 namespace mnv2_fused {
 
+constexpr int64_t kLine = 16;  // slots of 32 bits of a cache line, at which an int8 row's weights and memory begin
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t out_extent(int64_t in, int64_t pad, int64_t stride, int64_t dilation) {

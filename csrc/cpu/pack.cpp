@@ -109,8 +109,6 @@ void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weigh
   }
 }
 
-constexpr int64_t kLine = 16;  // slots of a cache line
-
 // Of an output of an int8 row.
 int64_t slots_s8(const Layer& layer, const Convolution& c) {
   if (c.depthwise) return 3;

@@ -66,7 +66,7 @@ struct Plain {
   }
 };
 
-struct Plain16 : Plain<float> {
+struct PlainBf16 : Plain<float> {
   using X = BFloat16;
   using Plain::broadcast_load, Plain::load, Plain::load_n, Plain::store, Plain::store_n;
 
@@ -107,6 +107,6 @@ const char* const kFeatures[] = {nullptr};
 extern const Kernel kernel_f32, kernel_f64, kernel_bf16;
 const Kernel kernel_f32 = Training<Plain<float>>::kernel("scalar_f32", Dtype::kFloat32, kFeatures);
 const Kernel kernel_f64 = Training<Plain<double>>::kernel("scalar_f64", Dtype::kFloat64, kFeatures);
-const Kernel kernel_bf16 = Forward<Plain16>::kernel("scalar_bf16", Dtype::kBFloat16, kFeatures);
+const Kernel kernel_bf16 = Forward<PlainBf16>::kernel("scalar_bf16", Dtype::kBFloat16, kFeatures);
 
 }  // namespace mnv2_fused::scalar

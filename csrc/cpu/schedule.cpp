@@ -17,7 +17,6 @@ constexpr int64_t kPanelBytes = 160 << 10;
 constexpr int kMaxStripe = 8;
 // The same of the int8 rows, of a quad of rows of one panel.
 constexpr int64_t kPanelBytes8 = 64 << 10;
-constexpr int64_t kLine = 16;  // slots of a cache line
 
 struct Resolver {
   const Kernel& kernel;

@@ -1,0 +1,150 @@
+"""MobileNetV2 in bfloat16 on the CPU: by its own dtype and under autocast, against float64 and PyTorch's own."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from networks import SIZES, WIDTHS, error, fused, images, plain, settled
+from torch import Tensor, nn
+
+import mnv2_fused
+from mnv2_fused import InvertedResidual, MobileNetV2
+
+
+@pytest.fixture(params=[row for row in mnv2_fused.kernels() if row.dtype == torch.bfloat16], ids=lambda row: row.name)
+def bfloat16_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each row in turn. It trains no model: see settled_once."""
+    if not request.param.supported:
+        pytest.skip(request.param.reason)
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", request.param.name)
+    return request.param.name
+
+
+def autocast(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not model.fused or model.why_not_fused(x) == ""
+        return model(x)
+
+
+def mean_error(y: Tensor, value: Tensor) -> float:
+    """Of the rows, in norm."""
+    assert y.dtype == torch.bfloat16 and y.shape == value.shape
+    return float(((y.double() - value).norm(dim=1) / value.norm(dim=1)).mean())
+
+
+@cache
+def settled_once(width_mult: float = 0.35) -> MobileNetV2:
+    """Settled by the kernel that is chosen when this is first called; not to be changed."""
+    with pytest.MonkeyPatch.context() as context:
+        context.delenv("MNV2_FUSED_KERNEL", raising=False)
+        return settled(width_mult)
+
+
+def check_bfloat16(model: MobileNetV2, x: Tensor) -> None:
+    """As near to float64 as PyTorch's own bfloat16, and nearer under autocast, whose weights are rounded once folded.
+
+    What a row is off by varies, and so does the mean over the rows, by about a tenth.
+    """
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    value = plain(model, x)
+    y = autocast(model, x)
+    assert mean_error(y, value) < 1.05 * mean_error(autocast(composition, x), value)
+    model, composition, narrow = model.bfloat16(), composition.bfloat16(), x.bfloat16()
+    with torch.no_grad():
+        assert mean_error(fused(model, narrow), value) < 1.15 * mean_error(composition(narrow), value)
+
+
+@pytest.mark.parametrize("size", SIZES[1:], ids=str)
+def test_bfloat16(bfloat16_kernel: str, size: tuple[int, int]) -> None:
+    check_bfloat16(copy.deepcopy(settled_once()), images(4, *size))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bfloat16_widths(bfloat16_kernel: str, width: float) -> None:
+    for size in SIZES[1:]:
+        check_bfloat16(copy.deepcopy(settled_once(width)), images(4, *size))
+
+
+def test_bfloat16_as_initialised() -> None:
+    """The whole network at its true size; without a trained one's cancellations nothing but roundings is seen."""
+    torch.manual_seed(0)
+    model, x = MobileNetV2().eval(), images(2, 224, 224)
+    value = plain(model, x)
+    assert error(autocast(model, x), value) < 0.01
+    assert error(fused(model.bfloat16(), x.bfloat16()), value) < 0.01
+
+
+def test_bfloat16_any_batch_and_threads(bfloat16_kernel: str) -> None:
+    model, x = copy.deepcopy(settled_once()), images(5, 65, 33)
+    alone = [autocast(model, x[i : i + 1]) for i in range(5)]
+    for threads in (1, 2, 3, 4, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(autocast(model, x), torch.cat(alone)), threads
+        assert torch.equal(autocast(model, x[1:2]), alone[1]), threads
+
+
+def test_autocast() -> None:
+    """Images of any dtype that autocast rounds, and of any strides; what it leaves alone stays float64."""
+    model, x = settled(), images(2, 32, 40)
+    y = autocast(model, x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, autocast(model, x.bfloat16()))
+    assert torch.equal(y, autocast(model, x.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(y, autocast(model, x.transpose(2, 3).contiguous().transpose(2, 3)))
+    exact = fused(model, x)
+    assert exact.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert "float16" in model.why_not_fused(x)
+        assert model(x).dtype == torch.float16
+    double = copy.deepcopy(model).double()
+    assert torch.equal(autocast(double, x.double()), fused(double, x.double()))
+    narrow = copy.deepcopy(model).bfloat16()
+    assert torch.equal(autocast(narrow, x), fused(narrow, x.bfloat16()))
+
+
+def test_bfloat16_parts() -> None:
+    """Maps, blocks and heads of a network, each as one op where it can be."""
+    model, x = settled().bfloat16(), images(2, 64, 48).bfloat16()
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    with torch.no_grad():
+        assert all(m.why_not_fused(torch.zeros(1, m.in_channels, 5, 5).bfloat16()) == "" for m in blocks_of(model))
+        found, right = (m.forward_intermediates(x, [2, "5.expansion", 18]) for m in (model, composition))
+        truth = composition.double().forward_intermediates(x.double(), [2, "5.expansion", 18])
+    for y, theirs, value in zip(found, right, truth, strict=True):
+        assert y.dtype == torch.bfloat16 and error(y, value) < 1.15 * error(theirs, value)
+
+
+def blocks_of(model: MobileNetV2) -> list[InvertedResidual]:
+    return [m for m in model.modules() if isinstance(m, InvertedResidual)]
+
+
+def test_bfloat16_trains_as_without_us() -> None:
+    """The CPU's kernels of training know no bfloat16: a model with gradients is the composition of its modules."""
+    model, x = settled().bfloat16(), images(2, 32, 32).bfloat16()
+    composition = copy.deepcopy(model)
+    composition.fused = False
+    for mode in (True, False):
+        model.train(mode), composition.train(mode)
+        model.classifier.eval(), composition.classifier.eval()
+        assert "bfloat16" in str(model.unfused(x)) and model.why_not_fused(x)
+        y, right = model(x), composition(x)
+        assert torch.equal(y, right)
+        y.float().square().sum().backward(), right.float().square().sum().backward()
+        for p, q in zip(model.parameters(), composition.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+        model.zero_grad(), composition.zero_grad()
+    model, x = settled().train(), images(2, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in str(model.unfused(x))
+
+
+def test_bfloat16_kernel_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = settled().bfloat16(), images(1, 32, 32).bfloat16()
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f32")
+    with torch.no_grad(), pytest.raises(ValueError, match="scalar_f32 computes in float32.*bfloat16"):
+        model(x)
