@@ -25,11 +25,13 @@ struct Plan {
   bool int8() const { return kernel->dtype == Dtype::kInt8; }
 };
 
-Plan parse(const std::vector<int64_t>& plan) {
-  Plan parsed{nullptr, parse_layers(plan)};
-  STD_TORCH_CHECK(plan[0] >= 0 && plan[0] < int64_t(kernels().size()), "plan names kernel ", plan[0], " of ",
-                  kernels().size());
-  parsed.kernel = kernels()[plan[0]];
+Plan parse(const std::string& plan) {
+  std::string name;
+  Plan parsed{nullptr, parse_layers(plan, &name)};
+  for (const Kernel* kernel : kernels()) {
+    if (name == kernel->name) parsed.kernel = kernel;
+  }
+  STD_TORCH_CHECK(parsed.kernel, "plan names the kernel ", name, ", of which there is none");
   const std::string reason = why_unsupported(*parsed.kernel);
   STD_TORCH_CHECK(reason.empty(), parsed.kernel->name, " cannot run: ", reason);
   return parsed;
@@ -37,13 +39,13 @@ Plan parse(const std::vector<int64_t>& plan) {
 
 // A plan and its schedule for one image size. The last few are kept: to make them anew takes 20 us a call.
 struct Prepared {
-  std::vector<int64_t> integers;
+  std::string text;
   int64_t height, width;
   Plan plan;
   Program program;
 };
 
-std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, const Tensor& x) {
+std::shared_ptr<const Prepared> prepare(const std::string& text, const Tensor& x) {
   static std::mutex mutex;
   static std::deque<std::shared_ptr<const Prepared>> recent;
   constexpr size_t kKept = 16;
@@ -52,17 +54,17 @@ std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, co
   {
     const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& p : recent) {
-      if (p->height == height && p->width == width && p->integers == integers) return p;
+      if (p->height == height && p->width == width && p->text == text) return p;
     }
   }
-  Plan plan = parse(integers);
+  Plan plan = parse(text);
   STD_TORCH_CHECK(height > 0 && width > 0 && height < (1 << 30) && width < (1 << 30),
                   "x must have a height and a width of at least 1, got ", shape_of(x));
   Program program = schedule(*plan.kernel, plan.layers, height, width);
   STD_TORCH_CHECK(program.out_height > 0 && program.out_width > 0, "x of shape ", shape_of(x),
                   " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
   const auto made =
-      std::make_shared<const Prepared>(Prepared{integers, height, width, std::move(plan), std::move(program)});
+      std::make_shared<const Prepared>(Prepared{text, height, width, std::move(plan), std::move(program)});
   const std::lock_guard<std::mutex> lock(mutex);
   recent.push_front(made);
   if (recent.size() > kKept) recent.pop_back();
@@ -175,8 +177,8 @@ Tensor pack_bytes(const Tensor& weights, const Plan& plan) {
   return packed;
 }
 
-Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
-  const Plan plan = parse(integers);
+Tensor pack_plan(const Tensor& weights, std::string text) {
+  const Plan plan = parse(text);
   if (plan.int8()) return pack_bytes(weights, plan);
   check_weights(weights, plan.layers);
   STD_TORCH_CHECK(weights.is_cpu(), "weights must be on the CPU");
@@ -214,16 +216,16 @@ void check_packed(const Tensor& packed, const Plan& plan) {
                                              : "float32");
 }
 
-Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
-  const auto prepared = prepare(integers, x);
+Tensor network(const Tensor& x, const Tensor& packed, std::string plan) {
+  const auto prepared = prepare(plan, x);
   check_packed(packed, prepared->plan);
   return execute(*prepared, x, packed.data_ptr());
 }
 
 // What `network` takes for each layer, in seconds on the first thread; of layers that are computed as one, with the
 // last.
-Tensor network_seconds(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
-  const auto prepared = prepare(integers, x);
+Tensor network_seconds(const Tensor& x, const Tensor& packed, std::string plan) {
+  const auto prepared = prepare(plan, x);
   check_packed(packed, prepared->plan);
   const Program& program = prepared->program;
   std::vector<double> of_steps(program.steps.size());
@@ -244,11 +246,10 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
                        padding);
   const Dtype dtype = inference_dtype_of(x, "x");
   const Kernel& kernel = select_kernel(dtype);
-  int64_t index = 0;
-  while (kernels()[index] != &kernel) ++index;
-  const auto prepared = prepare({index, Layer::kBlock, w.in, w.hidden, w.out, stride, dilation, padding[0], padding[1],
-                                 padding[2], padding[3], w.expand, residual, project_relu6},
-                                x);
+  const auto prepared =
+      prepare(plan_of(kernel.name, {Layer::kBlock, w.in, w.hidden, w.out, stride, dilation, padding[0], padding[1],
+                                    padding[2], padding[3], w.expand, residual, project_relu6}),
+              x);
   const Layer& layer = prepared->plan.layers[0];
   const Tensor packed = new_packed(packed_size(layer, kernel.tiles), dtype, x);
   std::deque<std::vector<float>> kept;
@@ -262,10 +263,8 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
 
 Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hidden, int64_t out, int64_t stride,
                   int64_t dilation, const std::vector<int64_t>& padding) {
-  int64_t index = 0;
-  while (kernels()[index] != &kernel) ++index;
-  return prepare({index, Layer::kBlock, x.size(1), hidden, out, stride, dilation, padding[0], padding[1], padding[2],
-                  padding[3], expand, 0, 0},
+  return prepare(plan_of(kernel.name, {Layer::kBlock, x.size(1), hidden, out, stride, dilation, padding[0], padding[1],
+                                       padding[2], padding[3], expand, 0, 0}),
                  x)
       ->plan.layers[0];
 }
@@ -276,7 +275,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(MNV2_INVERTED_RESIDUAL);
   m.def(MNV2_PACK);
   m.def(MNV2_NETWORK);
-  m.def("network_seconds(Tensor x, Tensor packed, int[] plan) -> Tensor");
+  m.def("network_seconds(Tensor x, Tensor packed, str plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {

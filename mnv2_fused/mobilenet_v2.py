@@ -513,7 +513,7 @@ class MobileNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self._maps is not None:
             return self.forward_intermediates(x, self._maps)
-        y = self._chain(self, x) if self.fused else None
+        y = self._chain(self, x) if self._fused else None
         return self.forward_head(self.forward_features(x)) if y is None else y
 
 

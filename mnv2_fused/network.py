@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, get_autocast_dtype, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn.modules import module as _module
 from torch.utils.hooks import RemovableHandle
 
@@ -221,7 +221,8 @@ class _Packing:
         dicts += [m.__dict__ for m in modules if type(m) not in plain]  # stride, eps, training
         sized = [m.__dict__ for m in modules if type(m) in plain]
         self._hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooked, self._handles = any(self._hooks), RemovableHandle.next_id
+        self._handles = RemovableHandle.next_id
+        self._hooked = any(self._hooks)
         parameters = [t for m in modules for t in m._parameters.values() if t is not None]
         # With num_batches_tracked: a BatchNorm in training mode changes its running statistics without counting a
         # version of them, but one of its counter.
@@ -229,11 +230,12 @@ class _Packing:
         self._tensors = parameters + buffers
         self._kernel = os.environ.get("MNV2_FUSED_KERNEL")
         self._watch = _C.Watch(dicts, sized, parameters, buffers)
+        self.serves = self._watch.serves
         # What is compared by identity or by address stays alive: no other object may come to stand in its place.
         values = [value for table in dicts for value in table.values()]
         self._held = (dicts, sized, values, [t.detach() for t in parameters])
-        self.packed, self.plan, self.reason, self.adds_input = None, [], "", False
-        self._plans: dict[tuple[int, int], list[int]] = {}  # by the size of the image, where the padding depends on it
+        self.packed, self.plan, self.reason, self.adds_input = None, "", "", False
+        self._plans: dict[tuple[int, int], str] = {}  # by the size of the image, where the padding depends on it
         try:
             switched = [m for m in modules if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.Dropout))]
             expect(not any(m.training for m in switched), "a BatchNorm or Dropout is in training mode")
@@ -241,7 +243,7 @@ class _Packing:
             expect(not any("forward" in m.__dict__ for m in modules), "a module inside has a forward of its own")
             stages = describe(root)
             self._check_dtypes()
-            self.adds_input = bool(stages[0].layer.residual)
+            self.adds_input, self.in_channels = bool(stages[0].layer.residual), stages[0].layer.in_channels
             device, dtype, _, tf32 = asked
             self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
             self._stages, self._same = stages, any(stage.same for stage in stages)
@@ -266,7 +268,7 @@ class _Packing:
         same = asked.dtype == dtype or (asked.autocast and dtype != torch.float64)  # which autocast leaves alone
         expect(same, f"the input is {asked.dtype}, the weights are {dtype}")
 
-    def plan_for(self, x: Tensor) -> list[int]:
+    def plan_for(self, x: Tensor) -> str:
         if not self._same:
             return self.plan
         height, width = size = tuple(x.shape[2:])
@@ -277,17 +279,23 @@ class _Packing:
                 height, width = ops.output_size(layers[-1], height, width)
             while len(self._plans) >= 64:
                 self._plans.pop(next(iter(self._plans)), None)  # another thread may have been here first
-            self._plans[size] = [self.plan[0], *(n for layer in layers for n in layer)]
+            self._plans[size] = ops.join_plan(self.plan.split()[0], layers)
         return self._plans[size]
+
+    def remember(self, root: nn.Module, x: Tensor) -> None:
+        """Of a call that can use the weights: `serves(root, x)` tells in one step whether another like it can."""
+        if self.arithmetic.device == "cpu" and not self.arithmetic.autocast and not self._same:
+            self._watch.remember(root, x, self._handles, self._kernel)
 
     def current(self, asked: Arithmetic) -> bool:
         """Whether nothing that the packed weights depend on has changed."""
         if asked != self.arithmetic:
             return False
-        if self._hooked or self._handles != RemovableHandle.next_id:  # else no hook was registered anywhere since
+        handles = RemovableHandle.next_id
+        if self._hooked or self._handles != handles:  # else no hook was registered anywhere since
             if any(self._hooks) != self._hooked:
                 return False
-            self._handles = RemovableHandle.next_id
+            self._handles = handles
         return self._kernel == os.environ.get("MNV2_FUSED_KERNEL") and self._watch.unchanged()
 
 
@@ -321,9 +329,12 @@ class FusedChain:
 
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor | None:
         """The result of the chain, or None where it cannot run fused."""
+        if not is_dynamo_compiling() and (packing := self._packing) is not None and packing.serves(root, x):
+            return _NETWORK(x, packing.packed, packing.plan)
         reason, packing = self._prepare(root, x)
         if reason:
             return None
+        packing.remember(root, x)
         x = x if x.dtype == packing.arithmetic.dtype else x.to(packing.arithmetic.dtype)
         if x.is_cuda:
             self._hold(packing)
@@ -389,8 +400,8 @@ class FusedChain:
             return f"the input is on {x.device}, the weights are on {packing.packed.device}", None
         if packing.adds_input and asked.dtype != x.dtype:
             return f"the input is {x.dtype}, and so is the sum that autocast makes", None
-        if x.shape[1] != packing.plan[2]:
-            return f"the input has {x.shape[1]} channels, not {packing.plan[2]}", None
+        if x.shape[1] != packing.in_channels:
+            return f"the input has {x.shape[1]} channels, not {packing.in_channels}", None
         if global_hooks():
             return "there are global forward hooks", None
         return "", packing

@@ -346,7 +346,8 @@ def _(dz, x, we, be, wd, wp, coefficients, stride, dilation, padding, wanted, tf
 
 
 class Layer(NamedTuple):
-    """A layer of a plan; fields and kinds as in csrc/inverted_residual.h. Plans are flat lists of integers."""
+    """A layer of a plan; fields and kinds as in csrc/inverted_residual.h. A plan is a text: what runs it, and the
+    integers of each layer, one after the other."""
 
     kind: int
     in_channels: int
@@ -374,24 +375,26 @@ def output_size(layer: Layer, height: int, width: int) -> tuple[int, int]:
     return (1, 1) if layer.kind == POOL else (height, width)
 
 
-# What a plan for CUDA begins with: cuda::Type of csrc/cuda/launch.h.
-_CUDA_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 3}
-_TF32 = 2
+# What a plan for CUDA begins with, or tf32: csrc/cuda/ops.cpp.
+_CUDA_TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def make_plan(layers: list[Layer], dtype: torch.dtype, device: str = "cpu", tf32: bool = False) -> list[int]:
+def make_plan(layers: list[Layer], dtype: torch.dtype, device: str = "cpu", tf32: bool = False) -> str:
     """The plan that runs `layers` on the kernel selected for `dtype` now. ValueError where there is none."""
     if device == "cuda":
         if dtype not in _CUDA_TYPES:
             raise ValueError(f"there are CUDA kernels for float16, bfloat16 and float32, not for {dtype}")
-        return [_TF32 if tf32 else _CUDA_TYPES[dtype], *(n for layer in layers for n in layer)]
-    names = [kernel.name for kernel in kernels()]
-    return [names.index(selected_kernel(dtype)), *(n for layer in layers for n in layer)]
+        return join_plan("tf32" if tf32 else _CUDA_TYPES[dtype], layers)
+    return join_plan(selected_kernel(dtype), layers)
 
 
-def layers_of(plan: list[int]) -> list[Layer]:
-    fields = len(Layer._fields)
-    return [Layer(*plan[at : at + fields]) for at in range(1, len(plan), fields)]
+def join_plan(runs: str, layers: list[Layer]) -> str:
+    return " ".join([runs, *(str(int(n)) for layer in layers for n in layer)])
+
+
+def layers_of(plan: str) -> list[Layer]:
+    fields, integers = len(Layer._fields), [int(n) for n in plan.split()[1:]]
+    return [Layer(*integers[at : at + fields]) for at in range(0, len(integers), fields)]
 
 
 def multiply_adds(layer: Layer, height: int, width: int) -> int:
@@ -405,11 +408,11 @@ def multiply_adds(layer: Layer, height: int, width: int) -> int:
     return out_height * out_width * layer.in_channels * layer.out_channels * (9 if layer.kind == CONV3X3 else 1)
 
 
-def _walk(x: Tensor, plan: list[int]) -> tuple[list[int], int]:
+def _walk(x: Tensor, layers: list[Layer]) -> tuple[list[int], int]:
     """The result's shape, and the multiply-adds on the way."""
     batch, _, height, width = x.shape
     macs, shape = 0, []
-    for layer in layers_of(plan):
+    for layer in layers:
         macs += multiply_adds(layer, height, width)
         height, width = output_size(layer, height, width)
         flat = layer.kind in (POOL, LINEAR)
@@ -425,7 +428,7 @@ def _(weights, plan):
 
 @torch.library.register_fake("mnv2_fused::network")
 def _(x, packed, plan):
-    shape, _ = _walk(x, plan)
+    shape, _ = _walk(x, layers_of(plan))
     strides = [shape[1], 1] if len(shape) == 2 else _channels_last_strides(shape)
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
@@ -437,7 +440,7 @@ def _(x, packed, plan):
 
 @register_flop_formula(_OPS.network, get_raw=True)
 def _(x, packed, plan, out_val=None, **_) -> int:
-    return 2 * _walk(x, plan)[1]
+    return 2 * _walk(x, layers_of(plan))[1]
 
 
 # -------------------------------------------------------------------------------------------------- the kernel table

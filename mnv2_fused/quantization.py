@@ -421,8 +421,8 @@ class QuantizedModel(nn.Module):
         super().__init__()
         self.layers, self.image = tuple(layers), image
         self.in_channels = self.layers[0].layer.in_channels
-        self._packed: dict[int, Tensor] = {}  # by kernel
-        self._plans: dict[tuple[object, ...], list[int]] = {}
+        self._packed: dict[str, Tensor] = {}  # by kernel
+        self._plans: dict[tuple[object, ...], tuple[str, Tensor]] = {}  # and packed weights
         super().train(False)
 
     def train(self, mode: bool = True) -> QuantizedModel:
@@ -447,20 +447,19 @@ class QuantizedModel(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("gradients are asked for, which an int8 model does not give: call it in torch.no_grad()")
         key = os.environ.get("MNV2_FUSED_KERNEL"), *x.shape[2:]
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._prepare(key)
-        return _NETWORK(x, self._packed[plan[0]], plan)
+        plan, packed = self._plans.get(key) or self._prepare(key)
+        return _NETWORK(x, packed, plan)
 
-    def _prepare(self, key: tuple[object, ...]) -> list[int]:
+    def _prepare(self, key: tuple[object, ...]) -> tuple[str, Tensor]:
         layers = [q.layer for q in _sized(self.layers, *key[1:])]
         plan = ops.make_plan(layers, torch.int8)
-        if plan[0] not in self._packed:
-            self._packed[plan[0]] = torch.ops.mnv2_fused.pack(torch.cat([q.bytes() for q in self.layers]), plan)
+        kernel = ops.selected_kernel(torch.int8)
+        if kernel not in self._packed:
+            self._packed[kernel] = torch.ops.mnv2_fused.pack(torch.cat([q.bytes() for q in self.layers]), plan)
         while len(self._plans) >= 64:
             self._plans.pop(next(iter(self._plans)), None)  # another thread may have been here first
-        self._plans[key] = plan
-        return plan
+        self._plans[key] = plan, self._packed[kernel]
+        return self._plans[key]
 
     def reference(self, x: Tensor) -> Tensor:
         """The same in plain PyTorch operations: the definition, slow."""

@@ -367,7 +367,7 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     stages = [_NO_STAGE] * (3 - len(weights)) + [_stage(*pair) for pair in weights]
     group = _group([bn for bn in norms if bn is not None])
     sides = [layer.pad_left, layer.pad_right, layer.pad_top, layer.pad_bottom]
-    out_shape, _ = _walk(x, [0, *layer])
+    out_shape, _ = _walk(x, [layer])
     for stage, shape in zip(stages, (x.shape, out_shape, out_shape), strict=True):
         if stage.weight is not None and stage.mean is None and not group:
             _verify_batch_size([shape[0], stage.weight.shape[0], *shape[2:]])

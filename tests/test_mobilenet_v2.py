@@ -927,6 +927,179 @@ def test_tracing() -> None:
         assert error(torch.fx.symbolic_trace(model)(x), y) < TOLERANCE
 
 
+# ------------------------------------------------------------------------------------------------------ calls in a row
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Whom a call asked one thing after the other whether it can run fused, and not in one step."""
+    found: list[nn.Module] = []
+    prepare = network.FusedChain._prepare
+
+    def record(self: network.FusedChain, root: nn.Module, x: Tensor) -> Any:
+        found.append(root)
+        return prepare(self, root, x)
+
+    monkeypatch.setattr(network.FusedChain, "_prepare", record)
+    return found
+
+
+def no_grad_call(model: MobileNetV2, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def test_calls_in_a_row_ask_once(asked: list[nn.Module]) -> None:
+    """Whatever the batch and the size; and anew where the mode, the weights or hooks anywhere are others."""
+    model, x = settled(), images(2, 32, 32)
+    asked.clear()
+    calls = (x, x, images(3, 32, 32), images(1, 40, 56), x.contiguous(memory_format=torch.channels_last))
+    for given in calls:
+        assert error(no_grad_call(model, given), plain(model, given)) < TOLERANCE
+    assert asked == [model]
+    with torch.inference_mode():
+        y = model(x)
+        assert len(asked) == 2 and torch.equal(model(x), y) and len(asked) == 2
+    no_grad_call(model, x)
+    asked.clear()
+    with torch.no_grad():
+        model.classifier[1].bias.add_(1)
+    assert error(no_grad_call(model, x), y + 1) < TOLERANCE and error(no_grad_call(model, x), y + 1) < TOLERANCE
+    assert len(asked) == 1
+    nn.Linear(1, 1).register_forward_hook(print).remove()
+    no_grad_call(model, x), no_grad_call(model, x)
+    assert len(asked) == 2
+
+
+def autocast_call(model: MobileNetV2, x: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+
+
+def gradient_call(model: MobileNetV2, x: Tensor) -> None:
+    with torch.enable_grad():
+        assert model(x).requires_grad
+
+
+def vmap_call(model: MobileNetV2, x: Tensor) -> None:
+    y = torch.vmap(model)(torch.stack([x, x + 1]))
+    assert error(y[:, 0], torch.cat([plain(model, x), plain(model, x + 1)])) < TOLERANCE
+
+
+def dual_call(model: MobileNetV2, x: Tensor) -> None:
+    with torch.autograd.forward_ad.dual_level(), torch.enable_grad():
+        model.requires_grad_(False)
+        y = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+
+
+def traced_call(model: MobileNetV2, x: Tensor) -> None:
+    graph = str(torch.jit.trace(model, x, check_trace=False).inlined_graph)
+    assert "aten::_convolution" in graph and "mnv2_fused::" not in graph
+
+
+def compiled_call(model: MobileNetV2, x: Tensor) -> None:
+    torch._dynamo.reset()
+    assert error(torch.compile(model, backend="eager", fullgraph=True)(x), plain(model, x)) < TOLERANCE
+
+
+def hooked_call(model: MobileNetV2, x: Tensor) -> None:
+    fired = []
+    handle = model.features[3].register_forward_hook(lambda *_: fired.append(1))
+    model(x)
+    handle.remove()
+    assert fired == [1]
+
+
+def globally_hooked_call(model: MobileNetV2, x: Tensor) -> None:
+    fired = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.append(type(module)))
+    model(x)
+    handle.remove()
+    assert fired.count(nn.Conv2d) == 52
+
+
+def subclass_call(model: MobileNetV2, x: Tensor) -> None:
+    class Image(Tensor):
+        pass
+
+    assert type(model(x.as_subclass(Image))) is Image
+
+
+def meta_call(model: MobileNetV2, x: Tensor) -> None:
+    with pytest.raises(RuntimeError):
+        model(x.to("meta"))
+
+
+def double_call(model: MobileNetV2, x: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="(?i)float|double"):
+        model(x.double())
+
+
+def gray_call(model: MobileNetV2, x: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        model(x[:, :1])
+
+
+def single_image_call(model: MobileNetV2, x: Tensor) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        model(x[0])
+
+
+def empty_image_call(model: MobileNetV2, x: Tensor) -> None:
+    with pytest.raises(RuntimeError):
+        model(x[..., :0])
+
+
+def training_call(model: MobileNetV2, x: Tensor) -> None:
+    x = torch.cat([x, x + 1])
+    y = model.train()(x)
+    assert error(y, model.eval()(x)) > 1e-3  # statistics of the batch
+
+
+def unfused_call(model: MobileNetV2, x: Tensor) -> None:
+    model.fused = False
+    assert torch.equal(model(x), plain(model, x, torch.float32))
+
+
+def replica_call(model: MobileNetV2, x: Tensor) -> None:
+    replica = copy.copy(model)
+    replica._is_replica = True
+    assert replica.why_not_fused(x) == "a replica of nn.DataParallel"
+    assert error(replica(x), plain(model, x)) < TOLERANCE
+
+
+OTHER_CALLS = (
+    autocast_call, gradient_call, vmap_call, dual_call, traced_call, compiled_call, hooked_call, globally_hooked_call,
+    subclass_call, meta_call, double_call, gray_call, single_image_call, empty_image_call, training_call, unfused_call,
+    replica_call,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", OTHER_CALLS, ids=lambda call: call.__name__)
+def test_another_call_after_calls_in_a_row(asked: list[nn.Module], call: Callable[[MobileNetV2, Tensor], None]) -> None:
+    """Is not taken for one like them."""
+    model, x = settled(), images(1, 32, 32)
+    no_grad_call(model, x), no_grad_call(model, x)
+    asked.clear()
+    no_grad_call(model, x)
+    assert not asked
+    with torch.no_grad():
+        call(model, x)
+
+
+def test_calls_in_a_row_see_the_kernel(asked: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = settled(), images(1, 32, 32)
+    no_grad_call(model, x), no_grad_call(model, x)
+    asked.clear()
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f32")
+    y = no_grad_call(model, x)
+    assert torch.equal(no_grad_call(model, x), y) and len(asked) == 1
+    monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f64")
+    with pytest.raises(ValueError, match="scalar_f64"):
+        no_grad_call(model, x)
+
+
 # ------------------------------------------------------------------------------------------------- errors and threads
 
 

@@ -788,7 +788,7 @@ def test_flops(block: Block) -> None:
 # ------------------------------------------------------------------------------------------------ the network op, raw
 
 
-def small_plan(dtype: torch.dtype = torch.float32) -> tuple[list[int], Tensor]:
+def small_plan(dtype: torch.dtype = torch.float32) -> tuple[str, Tensor]:
     """Stem, a block, head, pooling, classifier; and weights of the right number, in float32."""
     layer, ops = mnv2_fused.ops.Layer, mnv2_fused.ops
     layers = [
@@ -832,12 +832,16 @@ def test_bfloat16_weights_are_rounded_once() -> None:
 
 
 FIELDS = len(mnv2_fused.ops.Layer._fields)
-PLAN_ERRORS: dict[str, Callable[[list[int]], list[int]]] = {
+PLAN_ERRORS: dict[str, Callable[[list[str]], list[object]]] = {  # of its words
     "empty": lambda plan: [],
     "kernel only": lambda plan: plan[:1],
-    "no such kernel": lambda plan: [99, *plan[1:]],
-    "negative kernel": lambda plan: [-1, *plan[1:]],
-    "kernel of another dtype": lambda plan: [3, *plan[1:]],
+    "no such kernel": lambda plan: ["avx512", *plan[1:]],
+    "no kernel": lambda plan: plan[1:],
+    "kernel of another dtype": lambda plan: ["scalar_f64", *plan[1:]],
+    "a word": lambda plan: [*plan[:7], "one", *plan[8:]],
+    "a fraction": lambda plan: [*plan[:7], "1.5", *plan[8:]],
+    "more than 64 bits": lambda plan: [*plan[:7], 1 << 70, *plan[8:]],
+    "a word at the end": lambda plan: [*plan, "and"],
     "cut off": lambda plan: plan[:-1],
     "unknown layer": lambda plan: [*plan[:1], 7, *plan[2:]],
     "no channels": lambda plan: [*plan[:2], 0, *plan[3:]],
@@ -853,13 +857,14 @@ PLAN_ERRORS: dict[str, Callable[[list[int]], list[int]]] = {
 
 
 @pytest.mark.parametrize("change", PLAN_ERRORS.values(), ids=PLAN_ERRORS)
-def test_plan_errors(change: Callable[[list[int]], list[int]]) -> None:
+def test_plan_errors(change: Callable[[list[str]], list[object]]) -> None:
     plan, weights = small_plan()
     packed = torch.ops.mnv2_fused.pack(weights, plan)
+    wrong = " ".join(map(str, change(plan.split())))
     with pytest.raises(RuntimeError):
-        torch.ops.mnv2_fused.pack(weights, change(plan))
+        torch.ops.mnv2_fused.pack(weights, wrong)
     with pytest.raises(RuntimeError):
-        torch.ops.mnv2_fused.network(torch.randn(1, 3, 8, 8), packed, change(plan))
+        torch.ops.mnv2_fused.network(torch.randn(1, 3, 8, 8), packed, wrong)
 
 
 def test_network_errors() -> None:

@@ -2,6 +2,7 @@
 // (MNV2_EMULATED) these are ops of a library of their own, on CPU tensors, for the tests.
 #include "ops.h"
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <memory>
@@ -15,7 +16,9 @@ namespace {
 
 using cuda::Type;
 
-// An index of a plan, which says how numbers are stored and multiplied.
+// What a plan begins with, which says how numbers are stored and multiplied, in the order of Type.
+constexpr const char* kTypeNames[] = {"float16", "bfloat16", "tf32", "float32"};
+
 ScalarType scalar_type(Type type) {
   if (type == Type::kHalf) return ScalarType::Half;
   return type == Type::kBfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
@@ -27,24 +30,26 @@ struct Plan {
   std::vector<cuda::Step> steps;
   int64_t packed_bytes;
 
-  explicit Plan(const std::vector<int64_t>& integers) : layers(parse_layers(integers)) {
-    STD_TORCH_CHECK(integers[0] >= 0 && integers[0] <= int(Type::kFloat),
-                    "a plan for CUDA begins with 0 (float16), 1 (bfloat16), 2 (tf32) or 3 (float32), got ",
-                    integers[0]);
-    type = Type(integers[0]);
+  explicit Plan(const std::string& text) {
+    std::string name;
+    layers = parse_layers(text, &name);
+    const auto found = std::find(std::begin(kTypeNames), std::end(kTypeNames), name);
+    STD_TORCH_CHECK(found != std::end(kTypeNames),
+                    "a plan for CUDA begins with float16, bfloat16, tf32 or float32, got ", name);
+    type = Type(found - std::begin(kTypeNames));
     steps = cuda::steps_of(type, layers, &packed_bytes);
   }
 };
 
 // A plan's program for one size of x on one device; the last few are kept.
 struct Prepared {
-  std::vector<int64_t> integers;
+  std::string text;
   std::array<int64_t, 4> size;  // of x, and its device
   Plan plan;
   cuda::Program program;
 };
 
-std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, const Tensor& x, const Device& device) {
+std::shared_ptr<const Prepared> prepare(const std::string& text, const Tensor& x, const Device& device) {
   static std::mutex mutex;
   static std::deque<std::shared_ptr<const Prepared>> recent;
   constexpr size_t kKept = 64;
@@ -52,10 +57,10 @@ std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, co
   {
     const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& p : recent) {
-      if (p->size == size && p->integers == integers) return p;
+      if (p->size == size && p->text == text) return p;
     }
   }
-  Plan plan(integers);
+  Plan plan(text);
   cuda::Program program;
   const auto in_range = [](int64_t n) { return n > 0 && n < (1 << 30); };
   STD_TORCH_CHECK(in_range(size[1]) && in_range(size[2]), "x must have a height and a width of at least 1, got ",
@@ -67,7 +72,7 @@ std::shared_ptr<const Prepared> prepare(const std::vector<int64_t>& integers, co
   }
   STD_TORCH_CHECK(program.out_height > 0 && program.out_width > 0, "x of shape ", shape_of(x),
                   " is smaller than the dilated 3x3 kernel with this padding: the output would be empty");
-  const auto made = std::make_shared<const Prepared>(Prepared{integers, size, std::move(plan), std::move(program)});
+  const auto made = std::make_shared<const Prepared>(Prepared{text, size, std::move(plan), std::move(program)});
   const std::lock_guard<std::mutex> lock(mutex);
   recent.push_front(made);
   if (recent.size() > kKept) recent.pop_back();
@@ -94,8 +99,8 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
 }
 
 // Weights are float32, and rounded here, or already what the plan computes in.
-Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
-  const Plan plan(integers);
+Tensor pack_plan(const Tensor& weights, std::string text) {
+  const Plan plan(text);
   check_weights(weights, plan.layers);
   STD_TORCH_CHECK(on_device(weights), "weights must be on the device");
   const ScalarType type = weights.scalar_type();
@@ -115,11 +120,11 @@ Tensor pack_plan(const Tensor& weights, std::vector<int64_t> integers) {
   return packed;
 }
 
-Tensor network(const Tensor& x, const Tensor& packed, std::vector<int64_t> integers) {
+Tensor network(const Tensor& x, const Tensor& packed, std::string text) {
   STD_TORCH_CHECK(on_device(x), "x must be on the device on which packed is");
   STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
   const Device device(x);
-  const auto prepared = prepare(integers, x, device);
+  const auto prepared = prepare(text, x, device);
   const Plan& plan = prepared->plan;
   STD_TORCH_CHECK(x.scalar_type() == scalar_type(plan.type), "x must be of the dtype that the plan computes in");
   STD_TORCH_CHECK(packed.dim() == 1 && packed.numel() == plan.packed_bytes && packed.is_contiguous() &&
@@ -139,9 +144,10 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
                        padding);
   check_options(w.in, w.hidden, w.out, stride, dilation, padding);
   const Device device(x);
-  const auto prepared = prepare({int64_t(type), Layer::kBlock, w.in, w.hidden, w.out, stride, dilation, padding[0],
-                                 padding[1], padding[2], padding[3], w.expand, residual, project_relu6},
-                                x, device);
+  const auto prepared =
+      prepare(plan_of(kTypeNames[int(type)], {Layer::kBlock, w.in, w.hidden, w.out, stride, dilation, padding[0],
+                                              padding[1], padding[2], padding[3], w.expand, residual, project_relu6}),
+              x, device);
   const Plan& plan = prepared->plan;
   const Tensor packed = bytes(plan.packed_bytes, x);
   std::vector<cuda::Numbers> numbers;
