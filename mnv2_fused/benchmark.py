@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from . import _C, __version__
 from .ops import kernels, selected_kernel
-from .peers import Runner
+from .peers import Quantized, Runner
 from .tasks import NETWORKS, Inference, Training
 from .weights import random_model
 
@@ -42,6 +42,10 @@ TURN_SECONDS = 0.05  # a runner's turn in a round: short beside the seconds over
 PEAK_SECONDS = 0.02
 SETTLE_SECONDS = 0.05  # idle threads of OpenMP and ONNX Runtime spin for 10 to 35 ms, as measured, before they sleep
 SPREAD = 1.25  # between the quartiles of an idle machine's times lie a few percent
+
+DTYPES = ("float32", "bfloat16", "int8")
+CALIBRATION_IMAGES = 8
+SHIFT = 1.0  # of the random networks: rounding to 8 bits would make nonsense of one with all its ReLU6 at their corners
 
 Progress = Callable[[float, str], None]
 
@@ -55,7 +59,7 @@ class Options:
         threads: of every runner; None is torch's number of threads.
         width: the factor on the network's widths.
         resolution: height and width of the images in pixels; None is the network's own.
-        kernel: the row of the kernel table that the fused network uses; None leaves the choice to it.
+        kernel: the row of the kernel table, of this dtype, that the fused network uses; None leaves the choice to it.
         peers: also those of onnxruntime, openvino, litert and ncnn that are installed.
         runners: names from peers.RUNNERS, or TRAINERS, instead: exactly these.
         seconds: time spent in rounds, at least; start-up and verification come on top.
@@ -63,6 +67,8 @@ class Options:
         memory: also measure the memory, which takes a second process per runner.
         train: a step of training of MobileNetV2 instead of inference; there are no peers for that.
         network: one of tasks.NETWORKS.
+        dtype: one of DTYPES: what all runners compute in. Images are float32 in each, and results are compared with
+            those in float64. Training in bfloat16 is under torch.autocast; int8 is of chains, and of inference, only.
     """
 
     batch: int = 1
@@ -77,10 +83,15 @@ class Options:
     memory: bool = True
     train: bool = False
     network: str = "mobilenet_v2"
+    dtype: str = "float32"
 
     @property
     def task(self) -> type[Inference] | type[Training]:
         return Training if self.train else Inference
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
@@ -93,6 +104,12 @@ class Options:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
         if not 0 < self.width < math.inf or not 0 <= self.seconds < math.inf:
             raise ValueError(f"width must be above 0 and seconds not below 0, got {self.width} and {self.seconds}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
+        if self.dtype == "int8" and self.train:
+            raise ValueError("int8 does not train: train goes with float32 and bfloat16")
+        if self.dtype == "int8" and self.network not in ("mobilenet_v2", "mobilenet_v1"):
+            raise ValueError(f"int8 is of mobilenet_v2 and mobilenet_v1 only, got {self.network}")
         if self.train and self.peers:
             raise ValueError("train and peers exclude each other: the other runtimes do inference only")
         if self.train and self.network != "mobilenet_v2":
@@ -101,12 +118,12 @@ class Options:
         if self.train and self.batch * smallest < 2:
             what = f"batch {self.batch} at {self.resolution}x{self.resolution}"
             raise ValueError(f"BatchNorm trains on two values or more: {what} leaves one; batch 2 or 33x33 would do")
-        known = [runner.name for runner in self.task.runners]
+        known = [runner.name for runner in self.task.runners(self.dtype)]
         if unknown := [name for name in self.runners or () if name not in known]:
             raise ValueError(f"runners must be among {known}, got {unknown}")
-        rows = [kernel.name for kernel in kernels() if kernel.dtype == torch.float32]
+        rows = [kernel.name for kernel in kernels() if kernel.dtype == self.torch_dtype]
         if self.kernel is not None and self.kernel not in rows:
-            raise ValueError(f"kernel must be one of {rows}, got {self.kernel!r}")
+            raise ValueError(f"kernel must be one of {rows} for {self.dtype}, got {self.kernel!r}")
 
 
 @dataclass
@@ -116,8 +133,9 @@ class Row:
     Attributes:
         name, version: of the runner.
         error: why it was not timed; "" when it was.
-        relative_error: |results - exact| / |exact|, exact being the plain composition in float64; of training the
-            median of it over the gradients of one step; its loss and running statistics are within tasks.TOLERANCE.
+        relative_error: |results - exact| / |exact| of the worst image, exact being the plain composition in float64;
+            of training the median of it over the gradients of one step; its loss and running statistics are within
+            tasks.STEP_LIMITS.
         ms, q1_ms, q3_ms: median and quartiles over all calls, in milliseconds per image.
         calls: how many were timed.
         slower: how many times the fused network's time it takes.
@@ -162,9 +180,10 @@ class Result:
         options: as given, `threads` and `kernel` filled in.
         rows: one for each runner, in the order of peers.py.
         macs: multiply-adds per image; None of training, for which there is no agreed count.
-        peak_kernel, peak_gmacs: the best row that this CPU supports, and the multiply-adds that `threads` threads did
-            with its vectors in registers (10^9 a second): the median of one measurement in each round. Not measured
-            where macs is None.
+        tolerance: the relative error up to which results were accepted, see tasks.Exact; None of training.
+        peak_kernel, peak_gmacs: the best row that this CPU supports for the dtype, and the multiply-adds that `threads`
+            threads did with its vectors in registers (10^9 a second): the median of one measurement in each round. Not
+            measured where macs is None.
         rounds: turns that each runner had.
         left_out: peers that are not here, and why, or what to install.
     """
@@ -176,6 +195,7 @@ class Result:
     peak_gmacs: float | None = None
     rounds: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
+    tolerance: float | None = None
 
     def __getitem__(self, name: str) -> Row:
         """The row of the runner of this name."""
@@ -186,7 +206,7 @@ class Result:
         o = self.options
         threads = "1 thread" if o.threads == 1 else f"{o.threads} threads"
         name = NETWORKS[o.network].title
-        return f"{name} {o.width}/{o.resolution}, float32, batch {o.batch}, {threads}{o.task.title}"
+        return f"{name} {o.width}/{o.resolution}, {o.dtype}, batch {o.batch}, {threads}{o.task.title}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON, with the machine and the versions; it holds no date and no paths."""
@@ -198,6 +218,7 @@ class Result:
             "macs_per_image": self.macs,
             "fma_peak": {"kernel": self.peak_kernel, "gmacs": self.peak_gmacs},
             "rounds": self.rounds,
+            "tolerance": self.tolerance,
             "rows": [asdict(row) for row in self.rows],
             "left_out": self.left_out,
         }
@@ -210,7 +231,8 @@ class Result:
         cpu = _C.cpu_name().strip()
         if self.peak_gmacs:
             cpu += f", FMA peak {self.peak_gmacs:.1f} GMAC/s ({self.peak_kernel}, measured alongside)"
-        notes = "".join(f"\n{name} {reason}" for name, reason in self.left_out.items())
+        notes = f"\nresults accepted up to an error of {self.tolerance:.2g}" if self.tolerance else ""
+        notes += "".join(f"\n{name} {reason}" for name, reason in self.left_out.items())
         notes += "".join(f"\n{row.name}: {row.remark}" for row in self.rows if row.remark)
         if any(row.ms and row.q3_ms > SPREAD * row.q1_ms for row in self.rows):
             notes += "\nThe times spread widely: something else is using this machine. Measure again when it is idle."
@@ -276,7 +298,8 @@ def run(
     Args:
         options: see Options; with `model` given, `network` and `width` are only shown.
         model: in eval mode, float32; by default the network with seeded random weights. Training takes a copy of it.
-        images: [batch, channels, resolution, resolution], float32; random by default.
+        images: [batch, channels, resolution, resolution], float32; random by default. In int8 the ranges are those on
+            these images if they are given, and else on others like them.
         progress: called as (fraction done, what is being done).
 
     Raises:
@@ -286,6 +309,7 @@ def run(
     options = _complete(options)
     shape = (options.batch, getattr(model, "in_channels", 3), options.resolution, options.resolution)
     generator = torch.Generator().manual_seed(0)
+    calibration = images
     if images is None:
         images = torch.randn(shape, generator=generator)
     if images.shape != shape or images.dtype != torch.float32:
@@ -294,28 +318,34 @@ def run(
         network = NETWORKS[options.network]
         side = network.resolution // 2  # large enough for statistics of its smallest maps
         like = torch.randn(8, 3, side, side, generator=generator)
-        model = random_model(like, network=network.make, width_mult=options.width)
+        model = random_model(like, network=network.make, shift=SHIFT, width_mult=options.width)
+    if calibration is None:
+        calibration = torch.randn(CALIBRATION_IMAGES, *shape[1:], generator=generator)
 
     task = options.task
-    model, batch = task.inputs(model, images)
+    progress(0.0, "preparing the network")
+    given, batch = task.inputs(model, images, options.dtype, calibration)
     wanted = [
-        r for r in task.runners if (r.name in options.runners if options.runners else options.peers or not r.packages)
+        runner
+        for runner in task.runners(options.dtype)
+        if (runner.name in options.runners if options.runners else options.peers or not runner.packages)
     ]
-    left_out = {runner.name: reason for runner in wanted if (reason := runner.missing(model))}
+    left_out = {runner.name: reason for runner in wanted if (reason := runner.missing(given))}
     if options.runners and left_out:  # what is asked for by its name is not left out silently
         raise ValueError("; ".join(f"{name} {reason}" for name, reason in left_out.items()))
     runners = [runner for runner in wanted if runner.name not in left_out]
     rows = [Row(runner.name, _version(runner, options), remark=runner.remark) for runner in runners]
 
-    with _workers(runners, options, model, batch) as (workers, spares):
+    with _workers(runners, options, given, batch) as (workers, spares):
         for i, row in enumerate(rows):
             progress(0.3 * i / len(rows), f"starting {row.name}")
             row.error = workers[i].error()
             if options.memory and not row.error:
                 row.error = spares[i].error()
         progress(0.3, "computing exactly")
-        expected, macs = task.exact(model, batch)
-        result = Result(options, rows, macs, best_kernel(), left_out=left_out)
+        expected, macs = task.reference(model, given, batch, options.dtype)
+        result = Result(options, rows, macs, best_kernel(options.torch_dtype), left_out=left_out)
+        result.tolerance = getattr(expected, "tolerance", None)
         for i, row in enumerate(rows):
             progress(0.35 + 0.1 * i / len(rows), f"verifying {row.name}")
             if not row.error:
@@ -335,7 +365,7 @@ def _complete(options: Options) -> Options:
     supported = {kernel.name: kernel for kernel in kernels()}
     if options.kernel and not supported[options.kernel].supported:
         raise ValueError(f"kernel {options.kernel} cannot run here: {supported[options.kernel].reason}")
-    threads, kernel = options.threads or torch.get_num_threads(), options.kernel or selected_kernel()
+    threads, kernel = options.threads or torch.get_num_threads(), options.kernel or selected_kernel(options.torch_dtype)
     return replace(options, threads=threads, kernel=kernel)
 
 
@@ -452,7 +482,7 @@ class Worker:
 
 @contextmanager
 def _workers(
-    runners: list[Runner], options: Options, model: nn.Module, batch: tuple[Tensor, ...]
+    runners: list[Runner], options: Options, model: nn.Module | Quantized, batch: tuple[Tensor, ...]
 ) -> Iterator[tuple[list[Worker], list[Worker]]]:
     """A worker for each runner; and a spare one, by which its memory is measured."""
     workers: list[Worker] = []
@@ -478,10 +508,11 @@ def _serve(pipe: Connection, log: Path, source: Path, name: str, options: Option
         for descriptor in (1, 2):  # the runtimes' remarks, and the last words of one that aborts
             os.dup2(stream.fileno(), descriptor)
     try:
-        os.environ["MNV2_FUSED_KERNEL"] = options.kernel
-        runner = next(runner for runner in options.task.runners if runner.name == name)
+        if selected_kernel(options.torch_dtype) != options.kernel:
+            os.environ["MNV2_FUSED_KERNEL"] = options.kernel  # and no other dtype has a kernel from here on
+        runner = next(runner for runner in options.task.runners(options.dtype) if runner.name == name)
         model, batch = torch.load(source, weights_only=False)  # the parent has just written it
-        task = options.task(runner, model, batch, options.threads, spare)
+        task = options.task(runner, model, batch, options.threads, spare, options.dtype)
         del model, batch  # the task has what it needs of them, and its memory is measured
         pipe.send((None, ""))
         commands = {"answer": task.answer, "time": lambda: _turn(task), "memory": task.memory}

@@ -158,6 +158,9 @@ def bench(
     network: Annotated[
         str, typer.Option(metavar="NAME", help=f"Which network: {', '.join(NETWORKS)}.")
     ] = "mobilenet_v2",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help=f"What all compute in: {', '.join(benchmark.DTYPES)}.")
+    ] = "float32",
     width: Annotated[float, typer.Option(min=0.05, max=10, help="Width multiplier of the network.")] = 1.0,
     resolution: Annotated[
         int | None, typer.Option(min=1, show_default="the network's own", help="Height and width of the images.")
@@ -180,10 +183,12 @@ def bench(
 ) -> None:
     """Time the fused network against PyTorch eager, channels_last and torch.compile; --peers adds other runtimes.
 
-    All runners have the same weights. First the outputs are verified, then all are timed in alternation. With --train
-    that is a step of training (forward, cross entropy, backward, SGD with momentum), verified by loss, gradients and
-    running statistics, and compared with checkpointing too. The exit status is 1 when a runner failed or its results
-    were wrong.
+    All runners have the same weights. First the outputs are verified, then all are timed in alternation. In bfloat16
+    and int8 (--dtype) images and what outputs are compared with stay as they are in float32, and what rounding alone
+    makes of the outputs is accepted up to twice; in int8 all have the integers and scales of one calibration. With
+    --train that is a step of training (forward, cross entropy, backward, SGD with momentum), verified by loss,
+    gradients and running statistics, and compared with checkpointing too; in bfloat16 under autocast. The exit status
+    is 1 when a runner failed or its results were wrong.
     """
     if train and peers:
         fail("--train and --peers exclude each other: the other runtimes do inference only")
@@ -194,6 +199,7 @@ def bench(
             batch=batch or (32 if train else 1),
             threads=threads,
             network=network,
+            dtype=dtype,
             width=width,
             resolution=resolution,
             kernel=kernel,

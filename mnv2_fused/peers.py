@@ -3,8 +3,10 @@
 For training it is the fused network against PyTorch in four ways.
 
 MobileNetV2's graphs for the other runtimes are written here, operator by operator, from one list of layers: no exporter
-or converter comes between, so each computes the same multiply-adds, in float32. ONNX files of other networks are
-torch.onnx's, of the plain modules. What is done with a runner is tasks.py.
+or converter comes between, so each computes the same multiply-adds. ONNX files of other networks are torch.onnx's, of
+the plain modules. In bfloat16 each rounds the same float32 network itself; in int8 all are given the integers and
+scales of one calibration. Images are float32 in every precision, and logits are what a runner gives: turning images
+into what it computes with belongs to the call. What is done with a runner is tasks.py.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import io
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +27,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-from .mobilenet_v2 import MobileNetV2
+from . import ops
+from .mobilenet_v2 import MobileNet, MobileNetV2
+from .quantization import Convolution, QuantizedModel, Range, _range_of, quantize
 
 Call = Callable[[Tensor], Any]
 
@@ -37,28 +42,33 @@ class Runner(NamedTuple):
         prepare: (model in eval mode, example [N, C, H, W] float32, threads) -> a function of such an x that returns
             what the model does, a tensor or several, as tensors or arrays. The function is made for the example's
             shape, leaves the model as it is, and may set torch's number of threads, which is one for the whole process.
-            Among TRAINERS the model is in training mode and is the one to train: the logits have gradients to its
-            parameters, and its memory format and `fused` are set as this way wants them.
+            In int8 the model is a Quantized. Among TRAINERS it is in training mode and is the one to train: the logits
+            have gradients to its parameters, and its memory format and `fused` are set as this way wants them. None
+            where `unable` says why.
         packages: the distributions that it needs beside torch; empty for PyTorch itself.
         channels_last: the memory format of x that it takes without a conversion.
         recomputes: backward runs the blocks once more, in training mode, and so updates their running statistics again.
         compiles: the first call with a shape compiles for it.
         chains_only: the graph that it is fed can describe a MobileNetV2, and no network with several outputs.
         remark: what a reader of its results should know.
+        unable: why this runtime has no part in this precision.
     """
 
     name: str
-    prepare: Callable[[nn.Module, Tensor, int], Call]
+    prepare: Callable[[Any, Tensor, int], Call] | None
     packages: tuple[str, ...] = ()
     channels_last: bool = False
     recomputes: bool = False
     compiles: bool = False
     chains_only: bool = False
     remark: str = ""
+    unable: str = ""
 
-    def missing(self, model: nn.Module) -> str:
+    def missing(self, model: nn.Module | Quantized) -> str:
         """Why the runner cannot be prepared for the model: packages to get, or that it has no graph; "" if it can."""
-        if self.chains_only and not isinstance(model, MobileNetV2):
+        if self.unable:
+            return f"is left out: {self.unable}"
+        if self.chains_only and not isinstance(model, (MobileNetV2, Quantized)):
             return "is left out: its graph is written here for MobileNetV2 alone"
         absent = [name for name in self.packages if importlib.util.find_spec(name.replace("-", "_")) is None]
         return f"not installed: pip install {' '.join(absent)}" if absent else ""
@@ -77,6 +87,11 @@ def _fused(model: nn.Module, example: Tensor, threads: int) -> Call:
         if reason := model.why_not_fused(example):
             raise RuntimeError(f"the model would not run fused: {reason}")
     return torch.no_grad()(model)
+
+
+def _fused_int8(model: Quantized, example: Tensor, threads: int) -> Call:
+    torch.set_num_threads(threads)
+    return torch.no_grad()(model.model)
 
 
 def _plain(model: nn.Module, threads: int) -> nn.Module:
@@ -106,6 +121,18 @@ def _compile(model: nn.Module, example: Tensor, threads: int) -> Call:
     if any("batch_norm" in text for text in code):  # kernels are named after the operators in them
         raise RuntimeError("torch.compile left a BatchNorm in its code: freezing did not fold it")
     return torch.no_grad()(compiled)
+
+
+def _compile_channels_last(model: nn.Module, example: Tensor, threads: int) -> Call:
+    return _compile(copy.deepcopy(model).to(memory_format=torch.channels_last), example, threads)
+
+
+def _in_bfloat16(prepare: Callable[[nn.Module, Tensor, int], Call]) -> Callable[[nn.Module, Tensor, int], Call]:
+    def prepared(model: nn.Module, example: Tensor, threads: int) -> Call:
+        call = prepare(copy.deepcopy(model).bfloat16(), example.bfloat16(), threads)
+        return lambda x: call(x.bfloat16())
+
+    return prepared
 
 
 # ---- PyTorch, training
@@ -154,10 +181,16 @@ def _train_compile(model: MobileNetV2, example: Tensor, threads: int) -> Call:
 
 
 class Layer(NamedTuple):
-    """A convolution with its BatchNorm folded in, in float32.
+    """A convolution with its BatchNorm folded in.
 
     weight [C_out, C_in / groups, k, k], bias [C_out]; padding k // 2 on every side; then ReLU6 if `relu6`, or the
-    output of the layer of index `residual` is added.
+    output of the layer of index `residual` is added. Both are float32; or in int8 and int32, and stand for themselves
+    times `scale` and times `scale` and the scale of what goes in.
+
+    Attributes:
+        scale: float32 [C_out] of int8 weights; None in float32.
+        rounded: how the result is, in 8 bits; None in float32.
+        summand: the same of what `residual` is added to, for runtimes that round in between.
     """
 
     weight: np.ndarray
@@ -166,6 +199,9 @@ class Layer(NamedTuple):
     groups: int
     relu6: bool
     residual: int | None
+    scale: np.ndarray | None = None
+    rounded: Range | None = None
+    summand: Range | None = None
 
     @property
     def kernel_size(self) -> int:
@@ -173,11 +209,21 @@ class Layer(NamedTuple):
 
 
 class Network(NamedTuple):
-    """The layers, each fed by the one before; then the mean over the pixels and a linear layer [classes, features]."""
+    """The layers, each fed by the one before; then the mean over the pixels and a linear layer [classes, features].
+
+    Attributes:
+        weight, bias, scale: of the linear layer, as of a Layer.
+        image, mean, logits: how these are rounded to 8 bits, the last for runtimes that can do no other; None in
+            float32.
+    """
 
     layers: list[Layer]
     weight: np.ndarray
     bias: np.ndarray
+    scale: np.ndarray | None = None
+    image: Range | None = None
+    mean: Range | None = None
+    logits: Range | None = None
 
 
 def describe(model: MobileNetV2) -> Network:
@@ -203,6 +249,78 @@ def describe(model: MobileNetV2) -> Network:
     return Network(layers, *(t.detach().float().numpy() for t in (linear.weight, linear.bias)))
 
 
+class Quantized(NamedTuple):
+    """What int8 runners are given: one calibration for all.
+
+    Attributes:
+        model: the fused one, whose integers and scales are everybody's.
+        summands: ranges that it does without, in the order of its blocks that have a shortcut: of what comes out of the
+            projection before the shortcut is added.
+        logits: their range, for a runtime that gives them in 8 bits.
+    """
+
+    model: QuantizedModel
+    summands: tuple[Range, ...]
+    logits: Range
+
+
+def quantized(model: MobileNet, images: Tensor) -> Quantized:
+    """The model in int8, calibrated on images [N, C, H, W]; ranges beside those of the fused model are all values'."""
+    extremes: dict[nn.Module, tuple[float, float]] = {}
+
+    def see(module: nn.Module, _: tuple[Tensor], y: Tensor) -> None:
+        extremes[module] = min(float(y.min()), 0.0), max(float(y.max()), 0.0)
+
+    plain = copy.deepcopy(model)
+    plain.fused = False
+    blocks = [module for module in plain.modules() if getattr(module, "use_res_connect", False)]
+    for module in (*(block.conv[-1] for block in blocks), plain.classifier):
+        module.register_forward_hook(see)
+    with torch.no_grad():
+        plain(images)
+    *summands, logits = (_range_of(*extremes[module]) for module in (*(b.conv[-1] for b in blocks), plain.classifier))
+    return Quantized(quantize(model, [images]), tuple(summands), logits)
+
+
+def describe_quantized(quantized: Quantized) -> Network:
+    """The same network of int8 weights, their scales for each channel, and int32 biases without zero points in them."""
+    model, layers, summands = quantized.model, [], iter(quantized.summands)
+    x = model.image
+
+    def integers(c: Convolution, output_scale: float) -> dict[str, np.ndarray]:
+        bias = c.bias + x.zero_point * c.weight.flatten(1).sum(1, dtype=torch.int32)
+        scale = c.multiplier.double() * output_scale / x.scale
+        return dict(weight=c.weight.numpy(), bias=bias.numpy(), scale=scale.float().numpy())
+
+    for q in model.layers:
+        entry = len(layers) - 1
+        if q.layer.kind == ops.LINEAR:
+            linear = integers(*q.convolutions, 1.0)
+            return Network(layers, **linear, image=model.image, mean=x, logits=quantized.logits)
+        if q.layer.kind == ops.POOL:
+            x = q.ranges[0]
+        for c, y in zip(q.convolutions, q.ranges, strict=False):  # of the mean there is a range alone
+            last, k = c is q.convolutions[-1], c.weight.shape[2]
+            added = bool(q.layer.residual and last)
+            layers.append(
+                Layer(
+                    **integers(c, y.scale),
+                    stride=q.layer.stride if k > 1 else 1,
+                    groups=len(c.weight) if k > 1 and q.layer.kind == ops.BLOCK else 1,
+                    relu6=bool(q.layer.relu6 or not last),
+                    residual=entry if added else None,
+                    rounded=y,
+                    summand=next(summands) if added else None,
+                )
+            )
+            x = y
+    raise ValueError("a network without a classifier has no int8 graph here")
+
+
+def _describe(model: MobileNetV2 | Quantized) -> Network:
+    return describe_quantized(model) if isinstance(model, Quantized) else describe(model)
+
+
 def _numpy(x: Tensor) -> np.ndarray:
     return x.contiguous().numpy()
 
@@ -210,10 +328,10 @@ def _numpy(x: Tensor) -> np.ndarray:
 # ---- ONNX Runtime and OpenVINO
 
 
-def onnx_file(model: nn.Module, example: Tensor) -> bytes:
-    """The ONNX file (opset 17) of a model, for an input "x" like the example."""
-    if isinstance(model, MobileNetV2):
-        return onnx_model(describe(model), tuple(example.shape))
+def onnx_file(model: nn.Module | Quantized, example: Tensor, summands: bool = True) -> bytes:
+    """The ONNX file (opset 17) of a model, for an input "x" like the example; `summands` as of onnx_model."""
+    if isinstance(model, (MobileNetV2, Quantized)):
+        return onnx_model(_describe(model), tuple(example.shape), summands)
     plain, file = _plain(model, torch.get_num_threads()).eval(), io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing, and of the exporter that is to come
@@ -222,34 +340,64 @@ def onnx_file(model: nn.Module, example: Tensor) -> bytes:
     return file.getvalue()
 
 
-def onnx_model(network: Network, shape: tuple[int, ...]) -> bytes:
-    """An ONNX file (opset 17) for inputs of this shape [N, C, H, W]."""
+def onnx_model(network: Network, shape: tuple[int, ...], summands: bool = True) -> bytes:
+    """An ONNX file (opset 17) for inputs of this shape [N, C, H, W].
+
+    In int8 it is the float32 graph with a QuantizeLinear and a DequantizeLinear behind every tensor and a
+    DequantizeLinear behind every weight, from which runtimes make their integer operators. Activations are unsigned:
+    with signed ones ONNX Runtime takes 1.7 times as long on x86, and OpenVINO as long.
+
+    Args:
+        summands: in int8 what a shortcut is added to is rounded before the addition too. ONNX Runtime has integer
+            additions only so; OpenVINO is 1% faster without.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
-    zero_and_six = {"zero": np.float32(0), "six": np.float32(6)}
-    constants = [numpy_helper.from_array(np.array(value), name) for name, value in zero_and_six.items()]
-    nodes = []
+    constants, nodes = [], []
+    integers = network.image is not None
+
+    def constant(name: str, value: np.ndarray) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
 
     def add(op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
-    def constant(name: str, value: np.ndarray) -> str:
-        constants.append(numpy_helper.from_array(value, name))
-        return name
+    def rounded(x: str, r: Range | None) -> str:
+        if r is None:
+            return x
+        how = [constant(f"{x}.scale", np.float32(r.scale)), constant(f"{x}.zero", np.uint8(r.zero_point))]
+        return add("DequantizeLinear", [add("QuantizeLinear", [x, *how], f"{x}.q"), *how], f"{x}.rounded")
 
-    x, outputs = "x", []
+    def parameters(layer: Layer | Network, name: str, given: Range | None) -> list[str]:
+        weight, bias = constant(f"{name}.weight", layer.weight), constant(f"{name}.bias", layer.bias)
+        if layer.scale is None:
+            return [weight, bias]
+        scales = layer.scale, layer.scale * np.float32(given.scale)
+        return [
+            add("DequantizeLinear", [x, constant(f"{x}.scale", scale), zero], f"{x}.real", axis=0)
+            for x, scale, zero in (
+                (weight, scales[0], constant(f"{weight}.zero", np.zeros(len(layer.bias), np.int8))),
+                (bias, scales[1], constant(f"{bias}.zero", np.zeros(len(layer.bias), np.int32))),
+            )
+        ]
+
+    limits = [] if integers else [constant("zero", np.float32(0)), constant("six", np.float32(6))]
+    x, given, outputs = rounded("x", network.image), network.image, []
     for i, layer in enumerate(network.layers):
-        k, parameters = layer.kernel_size, [constant(f"w{i}", layer.weight), constant(f"b{i}", layer.bias)]
+        k = layer.kernel_size
         geometry = dict(kernel_shape=[k, k], strides=[layer.stride] * 2, pads=[k // 2] * 4, group=layer.groups)
-        x = add("Conv", [x, *parameters], f"conv{i}", **geometry)
-        if layer.relu6:
-            x = add("Clip", [x, "zero", "six"], f"relu{i}")
+        x = add("Conv", [x, *parameters(layer, f"conv{i}", given)], f"conv{i}", **geometry)
+        if layer.relu6 and not integers:  # of bytes that saturate at 0 and at 6 or below it is a part
+            x = add("Clip", [x, *limits], f"relu{i}")
         if layer.residual is not None:
-            x = add("Add", [x, outputs[layer.residual]], f"add{i}")
+            x = add("Add", [rounded(x, layer.summand if summands else None), outputs[layer.residual]], f"add{i}")
+        x, given = rounded(x, layer.rounded), layer.rounded
         outputs.append(x)
-    x = add("Flatten", [add("GlobalAveragePool", [x], "pooled")], "features")
-    add("Gemm", [x, constant("w", network.weight), constant("b", network.bias)], "logits", transB=1)
+    x = rounded(add("GlobalAveragePool", [x], "pooled"), network.mean)
+    x = rounded(add("Flatten", [x], "features"), network.mean)
+    add("Gemm", [x, *parameters(network, "linear", network.mean)], "logits", transB=1)
 
     float32 = TensorProto.FLOAT
     graph = helper.make_graph(
@@ -266,26 +414,27 @@ def _single(outputs: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def _onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Call:
+def _onnxruntime(model: nn.Module | Quantized, example: Tensor, threads: int) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(onnx_file(model, example), options, providers=["CPUExecutionProvider"])
+    file = onnx_file(model, example)
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda x: _single(session.run(None, {"x": _numpy(x)}))
 
 
-def _openvino(model: nn.Module, example: Tensor, threads: int) -> Call:
+def _openvino(model: nn.Module | Quantized, example: Tensor, threads: int, precision: str = "f32") -> Call:
     import openvino
 
     core = openvino.Core()
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # its default is bfloat16 where the CPU has that
+        "INFERENCE_PRECISION_HINT": precision,  # its default is bfloat16 where the CPU has that
     }
-    compiled = core.compile_model(core.read_model(onnx_file(model, example)), "CPU", options)
+    compiled = core.compile_model(core.read_model(onnx_file(model, example, summands=False)), "CPU", options)
     request = compiled.create_infer_request()
     # Results stay in its memory until the next call: a copy of a segmenter's takes a millisecond.
     return lambda x: _single([*request.infer({0: _numpy(x)}, share_inputs=True, share_outputs=True).values()])
@@ -295,32 +444,48 @@ def _openvino(model: nn.Module, example: Tensor, threads: int) -> Call:
 
 
 def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
-    """A .tflite file for inputs [N, H, W, C], given their shape as [N, C, H, W].
+    """A .tflite file for float32 inputs [N, H, W, C], given their shape as [N, C, H, W].
 
     Stride 2 comes after an explicit padding by one pixel on every side: TensorFlow's own SAME is (0, 1) at even sizes.
+    In int8, whose bytes are signed there, images are quantised and logits dequantised by the first and last operator.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
-    codes, options_of = schema.BuiltinOperator, schema.BuiltinOptions
+    codes, options_of, types = schema.BuiltinOperator, schema.BuiltinOptions, schema.TensorType
     buffers, tensors, operators, used = [schema.BufferT()], [], [], []  # buffer 0 is empty by the format's rule
+    kinds = {"float32": types.FLOAT32, "int8": types.INT8, "int32": types.INT32}
 
-    def tensor(shape: list[int], value: np.ndarray | None = None) -> int:
-        if value is not None:
-            buffers.append(schema.BufferT(data=np.frombuffer(value.tobytes(), np.uint8)))
-        kind = schema.TensorType.INT32 if value is not None and value.dtype == np.int32 else schema.TensorType.FLOAT32
-        buffer = len(buffers) - 1 if value is not None else 0
-        tensors.append(schema.TensorT(shape=shape, type=kind, buffer=buffer, name=f"t{len(tensors)}"))
+    def tensor(shape: list[int], kind: int, buffer: int = 0, **quantization: Any) -> int:
+        how = schema.QuantizationParametersT(**quantization) if quantization else None
+        name = f"t{len(tensors)}"
+        tensors.append(schema.TensorT(shape=shape, type=kind, buffer=buffer, name=name, quantization=how))
         return len(tensors) - 1
 
-    def constant(value: np.ndarray) -> int:
-        return tensor(list(value.shape), value)
+    def activation(shape: list[int], r: Range | None) -> int:
+        if r is None:
+            return tensor(shape, types.FLOAT32)
+        return tensor(shape, types.INT8, scale=[r.scale], zeroPoint=[r.zero_point - 128])
 
-    def add(name: str, inputs: list[int], shape: list[int], kind: str, **options: Any) -> int:
+    def constant(value: np.ndarray, scale: np.ndarray | None = None, axis: int = 0) -> int:
+        buffers.append(schema.BufferT(data=np.frombuffer(value.tobytes(), np.uint8)))
+        how = {}
+        if scale is not None:
+            how = dict(scale=scale.tolist(), zeroPoint=[0] * len(scale), quantizedDimension=axis)
+        return tensor(list(value.shape), kinds[str(value.dtype)], len(buffers) - 1, **how)
+
+    def parameters(layer: Layer | Network, weight: np.ndarray, given: Range | None, axis: int = 0) -> list[int]:
+        if layer.scale is None:
+            return [constant(weight), constant(layer.bias)]
+        return [constant(weight, layer.scale, axis), constant(layer.bias, layer.scale * np.float32(given.scale))]
+
+    def add(
+        name: str, inputs: list[int], shape: list[int], kind: str, rounded: Range | None = None, **options: Any
+    ) -> int:
         code = getattr(codes, name)
         if code not in used:
             used.append(code)
-        output = tensor(shape)
+        output = activation(shape, rounded)
         operators.append(
             schema.OperatorT(
                 opcodeIndex=used.index(code),
@@ -333,7 +498,10 @@ def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
         return output
 
     batch, channels, height, width = shape
-    source = x = tensor([batch, height, width, channels])
+    source = x = activation([batch, height, width, channels], None)
+    given = network.image
+    if given is not None:
+        x = add("QUANTIZE", [x], [batch, height, width, channels], "QuantizeOptions", given)
     outputs = []
     for layer in network.layers:
         k, depthwise, weight = layer.kernel_size, layer.groups > 1, layer.weight
@@ -341,10 +509,10 @@ def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
         if k > 1 and layer.stride > 1:
             pads = constant(np.array([[0, 0], [k // 2] * 2, [k // 2] * 2, [0, 0]], np.int32))
             padded = [batch, height + 2 * (k // 2), width + 2 * (k // 2), channels]
-            x, padding = add("PAD", [x, pads], padded, "PadOptions"), schema.Padding.VALID
+            x, padding = add("PAD", [x, pads], padded, "PadOptions", given), schema.Padding.VALID
         height, width = (-(-size // layer.stride) for size in (height, width))
         channels = len(layer.bias)
-        inputs = [x, constant(weight.transpose(1, 2, 3, 0) if depthwise else weight.transpose(0, 2, 3, 1))]
+        arranged = weight.transpose(1, 2, 3, 0) if depthwise else weight.transpose(0, 2, 3, 1)
         options = dict(
             padding=padding,
             strideW=layer.stride,
@@ -355,17 +523,21 @@ def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
         if depthwise:
             options["depthMultiplier"] = 1
         result_shape = [batch, height, width, channels]
-        x = add(name, [*inputs, constant(layer.bias)], result_shape, kind, **options)
+        inputs = [x, *parameters(layer, arranged, given, 3 if depthwise else 0)]
+        x = add(name, inputs, result_shape, kind, layer.summand or layer.rounded, **options)
         if layer.residual is not None:
-            x = add("ADD", [x, outputs[layer.residual]], result_shape, "AddOptions")
+            x = add("ADD", [x, outputs[layer.residual]], result_shape, "AddOptions", layer.rounded)
         outputs.append(x)
+        given = layer.rounded
     pixels = constant(np.array([1, 2], np.int32))
-    x = add("MEAN", [x, pixels], [batch, channels], "ReducerOptions")
-    inputs = [x, constant(network.weight), constant(network.bias)]
-    x = add("FULLY_CONNECTED", inputs, [batch, len(network.bias)], "FullyConnectedOptions")
+    x = add("MEAN", [x, pixels], [batch, channels], "ReducerOptions", network.mean)
+    inputs = [x, *parameters(network, network.weight, network.mean)]
+    x = add("FULLY_CONNECTED", inputs, [batch, len(network.bias)], "FullyConnectedOptions", network.logits)
+    if network.logits is not None:
+        x = add("DEQUANTIZE", [x], [batch, len(network.bias)], "DequantizeOptions")
 
     # The deprecated field is the one that readers use for codes below 127, which all of these are.
-    operator_codes = [schema.OperatorCodeT(deprecatedBuiltinCode=code, builtinCode=code) for code in used]
+    operator_codes = [schema.OperatorCodeT(deprecatedBuiltinCode=code, builtinCode=code, version=3) for code in used]
     graph = schema.SubGraphT(tensors=tensors, inputs=[source], outputs=[x], operators=operators, name="main")
     content = schema.ModelT(version=3, operatorCodes=operator_codes, subgraphs=[graph], buffers=buffers)
     builder = flatbuffers.Builder(sum(b.data.nbytes for b in buffers[1:]) + (1 << 20))
@@ -373,11 +545,11 @@ def tflite_model(network: Network, shape: tuple[int, ...]) -> bytes:
     return bytes(builder.Output())
 
 
-def _litert(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _litert(model: MobileNetV2 | Quantized, example: Tensor, threads: int) -> Call:
     from ai_edge_litert.interpreter import Interpreter
 
-    source = tflite_model(describe(model), tuple(example.shape))
-    interpreter = Interpreter(model_content=source, num_threads=threads)
+    content = tflite_model(_describe(model), tuple(example.shape))
+    interpreter = Interpreter(model_content=content, num_threads=threads)
     interpreter.allocate_tensors()
     (source,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
     # XNNPACK takes operators over as one node: it must lead from the input to the output, or this is not LiteRT's best.
@@ -430,13 +602,15 @@ def ncnn_model(network: Network) -> tuple[str, bytes]:
     return "\n".join(["7767517", f"{len(lines)} {blobs + 2}", *lines, ""]), b"".join(weights)
 
 
-def _ncnn(model: MobileNetV2, example: Tensor, threads: int) -> Call:
+def _ncnn(model: MobileNetV2, example: Tensor, threads: int, bfloat16: bool = False) -> Call:
     import ncnn
 
     net = ncnn.Net()
     net.opt.num_threads = threads
-    for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_packed", "bf16_storage"):
+    for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic"):
         setattr(net.opt, f"use_{option}", False)
+    for option in ("bf16_packed", "bf16_storage"):
+        setattr(net.opt, f"use_{option}", bfloat16)
     param, weights = ncnn_model(describe(model))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "weights.bin")
@@ -465,6 +639,33 @@ RUNNERS: tuple[Runner, ...] = (
     Runner("litert", _litert, ("ai-edge-litert",), channels_last=True, chains_only=True),
     Runner("ncnn", _ncnn, ("ncnn",), chains_only=True),
 )
+
+_PYTORCH_INT8 = "its int8 convolutions come from torchao, which is not in use here"
+
+# By the precision that they compute in; names and their order are the same in each.
+RUNNERS_IN: dict[str, tuple[Runner, ...]] = {
+    "float32": RUNNERS,
+    "bfloat16": (
+        Runner("fused", _in_bfloat16(_fused)),
+        Runner("eager", _in_bfloat16(_eager)),
+        Runner("eager channels_last", _in_bfloat16(_eager_channels_last), channels_last=True),
+        Runner("torch.compile", _in_bfloat16(_compile_channels_last), channels_last=True),
+        Runner("onnxruntime", None, ("onnx", "onnxruntime"), unable="it has no bfloat16 convolutions on the CPU"),
+        Runner("openvino", partial(_openvino, precision="bf16"), ("onnx", "openvino")),
+        Runner("litert", None, ("ai-edge-litert",), unable="XNNPACK has no bfloat16 convolutions"),
+        Runner("ncnn", partial(_ncnn, bfloat16=True), ("ncnn",), chains_only=True),
+    ),
+    "int8": (
+        Runner("fused", _fused_int8),
+        Runner("eager", None, unable=_PYTORCH_INT8),
+        Runner("eager channels_last", None, unable=_PYTORCH_INT8),
+        Runner("torch.compile", None, unable=_PYTORCH_INT8),
+        Runner("onnxruntime", _onnxruntime, ("onnx", "onnxruntime")),
+        Runner("openvino", _openvino, ("onnx", "openvino")),
+        Runner("litert", _litert, ("ai-edge-litert",), channels_last=True),
+        Runner("ncnn", None, ("ncnn",), unable="its int8 tools are not in its Python package"),
+    ),
+}
 
 TRAINERS: tuple[Runner, ...] = (
     Runner("fused", _train_fused, channels_last=True),

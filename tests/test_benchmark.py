@@ -30,6 +30,7 @@ from mnv2_fused.weights import random_model
 
 TRAINERS = {runner.name: runner for runner in peers.TRAINERS}
 TORCH_RUNNERS = ("fused", "eager", "eager channels_last")
+COMPILE = "torch.compile"
 SMALL = dict(width=0.35, resolution=32, threads=1, seconds=0.0)
 
 
@@ -79,6 +80,107 @@ def test_runner_computes_the_logits(runner, small):
     assert (errors < 2e-5).all(), errors
     assert model.fused and not any(module.training for module in model.modules())
     assert not torch._inductor.config.freezing  # the flag that torch.compile's runner sets is for itself alone
+
+
+ROUNDED = [  # float32's are above
+    pytest.param(runner, dtype, id=f"{dtype} {runner.name}", marks=[pytest.mark.exhaustive] * (runner.name == COMPILE))
+    for dtype in ("bfloat16", "int8")
+    for runner in peers.RUNNERS_IN[dtype]
+]
+
+
+@pytest.fixture(scope="module")
+def tame() -> tuple[mnv2_fused.MobileNetV2, torch.Tensor, torch.Tensor]:
+    """A narrow network that bears rounding, two images of odd and even sizes, and others to calibrate it on."""
+    generator = torch.Generator().manual_seed(1)
+    like = torch.randn(8, 3, 64, 64, generator=generator)
+    model = random_model(like, width_mult=0.35, num_classes=20, shift=benchmark.SHIFT)
+    return model, torch.randn(2, 3, 65, 38, generator=generator), like
+
+
+@pytest.fixture(scope="module")
+def references(tame) -> dict[str, tuple[Any, tasks.Exact]]:
+    """By dtype what runners are given, and what their results are compared with."""
+    model, images, like = tame
+    found = {}
+    for dtype in benchmark.DTYPES:
+        given, batch = tasks.Inference.inputs(model, images, dtype, like)
+        found[dtype] = given, tasks.Inference.reference(model, given, batch, dtype)[0]
+    return found
+
+
+@pytest.mark.parametrize("runner, dtype", ROUNDED)
+def test_runner_computes_rounded_logits(runner, dtype, tame, references):
+    """Of float32 images, within what rounding makes of this network, and not by float32."""
+    model, images, _ = tame
+    given, exact = references[dtype]
+    if reason := runner.missing(given):
+        assert runner.unable or "pip install" in reason
+        pytest.skip(f"{runner.name} {reason}")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    row = Row(runner.name, "1")
+    tasks.Inference.verify(row, _Says(tasks.Inference(runner, given, (images,), 1, False, dtype).answer()), exact)
+    assert row.error == "" and 1e-3 < row.relative_error < exact.tolerance
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_precisions_have_the_same_runners():
+    names = [runner.name for runner in peers.RUNNERS]
+    for dtype in benchmark.DTYPES:
+        assert [runner.name for runner in peers.RUNNERS_IN[dtype]] == names
+        assert all((runner.prepare is None) == bool(runner.unable) for runner in peers.RUNNERS_IN[dtype])
+
+
+def test_int8_description_is_the_fused_networks(tame, references):
+    """Its integers and scales stand for the float32 weights, to half a step; and every range is somebody's."""
+    model, _, _ = tame
+    quantized = references["int8"][0]
+    exact, found = peers.describe(model), peers.describe_quantized(quantized)
+    x = found.image
+    for a, b in zip((*exact.layers, exact), (*found.layers, found), strict=True):
+        scale = b.scale.reshape(-1, *[1] * (a.weight.ndim - 1))
+        assert b.weight.dtype == np.int8 and b.bias.dtype == np.int32
+        assert np.all(np.abs(b.weight * scale - a.weight) <= 0.501 * scale)
+        assert np.all(np.abs(b.bias * b.scale * x.scale - a.bias) <= 0.501 * b.scale * x.scale)
+        if isinstance(a, peers.Layer):
+            assert a[2:6] == b[2:6] and (b.summand is None) == (a.residual is None)
+            assert not b.relu6 or (b.rounded.zero_point == 0 and 255 * b.rounded.scale <= 6)
+            x = b.rounded
+        if b is found.layers[-1]:
+            x = found.mean
+
+
+@pytest.mark.parametrize("dtype", benchmark.DTYPES)
+@pytest.mark.parametrize("wrong", ["shortcut", "stride", "weights", "channel"])
+def test_another_network_is_not_timed_in_any_precision(dtype, wrong, tame, references):
+    """The plain network with one mistake, in float32: what rounding would add is not needed."""
+    model, images, _ = tame
+    model = copy.deepcopy(model)
+    model.fused = False
+    if wrong == "shortcut":
+        model.features[9].use_res_connect = False
+    elif wrong == "stride":  # TensorFlow's padding: (0, 1) instead of (1, 1)
+        conv = model.features[0][0]
+        conv.padding = (0, 0)
+        model.features[0].insert(0, torch.nn.ZeroPad2d((0, 1, 0, 1)))
+    elif wrong == "weights":
+        with torch.no_grad():
+            model.features[12].conv[1][0].weight.copy_(model.features[12].conv[1][0].weight.flip(0))
+    else:
+        with torch.no_grad():
+            model.classifier[-1].weight.copy_(model.classifier[-1].weight.roll(1, 0))
+    with torch.no_grad():
+        row = Row("wrong", "1")
+        tasks.Inference.verify(row, _Says(model(images)), references[dtype][1])
+    assert "off by" in row.error and row.error.endswith("not timed"), row.relative_error
+
+
+def test_what_rounds_too_badly_is_not_accepted(small):
+    """Where the network bears no rounding: an error of half the logits' norm is too much for any runner."""
+    model, images = small
+    given, batch = tasks.Inference.inputs(model, images, "int8", images)
+    exact, _ = tasks.Inference.reference(model, given, batch, "int8")
+    assert exact.tolerance == tasks.WRONG
 
 
 def test_fused_runner_refuses_a_model_that_would_not_run_fused(small):
@@ -213,6 +315,34 @@ def test_another_network_is_timed_at_its_own_size():
     assert result.title == "SSDLite 0.35/320, float32, batch 1, 1 thread"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_precision(dtype):
+    """From options to rows: the kernel and the peak are of the precision, and so is what is accepted."""
+    result = benchmark.run(Options(**SMALL, rounds=1, runners=("fused",), memory=False, dtype=dtype))
+    kernel = mnv2_fused.selected_kernel(getattr(torch, dtype))
+    assert result["fused"].error == "" and result["fused"].version.endswith(kernel)
+    assert result.peak_kernel == benchmark.best_kernel(getattr(torch, dtype)) and result.peak_gmacs > 0
+    assert 0 < result["fused"].relative_error < result.tolerance < tasks.WRONG
+    assert dtype in result.title and json.loads(json.dumps(result.to_dict()))["tolerance"] == result.tolerance
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_mobilenet_v1_in_other_precisions(dtype):
+    runners = [runner for runner in peers.RUNNERS_IN[dtype] if runner.name in ("fused", "litert")]
+    generator = torch.Generator().manual_seed(4)
+    like = torch.randn(8, 3, 64, 64, generator=generator)
+    model = random_model(like, network=mnv2_fused.MobileNetV1, width_mult=0.25, num_classes=20, shift=benchmark.SHIFT)
+    images = torch.randn(1, 3, 64, 64, generator=generator)
+    given, batch = tasks.Inference.inputs(model, images, dtype, like)
+    exact, _ = tasks.Inference.reference(model, given, batch, dtype)
+    for runner in runners:
+        if not runner.missing(given):
+            row = Row(runner.name, "1")
+            answer = tasks.Inference(runner, given, batch, 1, False, dtype).answer()
+            tasks.Inference.verify(row, _Says(answer), exact)
+            assert row.error == "", runner.name
+
+
 FLOAT32_ROWS = [row for row in mnv2_fused.kernels() if row.dtype == torch.float32]
 
 
@@ -256,7 +386,7 @@ def trained() -> benchmark.Result:
 def test_training_rows(trained):
     assert [row.name for row in trained.rows] == ["fused", "eager"]
     for row in trained.rows:
-        assert row.error == "" and 0 < row.relative_error < tasks.FLOOR
+        assert row.error == "" and 0 < row.relative_error < tasks.STEP_LIMITS["float32"].floor
         assert 0 < row.q1_ms <= row.ms <= row.q3_ms and row.calls >= trained.rounds == 2
         assert row.images_per_second == pytest.approx(1e3 / row.ms)
         assert row.slower == pytest.approx(row.ms / trained["fused"].ms)
@@ -296,7 +426,7 @@ def step() -> tuple[mnv2_fused.MobileNetV2, tuple, tasks.ExactStep]:
     model = random_model(torch.randn(8, 3, 64, 64, generator=generator), width_mult=0.35, num_classes=20)
     trained, batch = tasks.Training.inputs(model, torch.randn(8, 3, 64, 64, generator=generator))
     assert trained.training and not model.training  # it is a copy
-    return trained, batch, tasks.Training.exact(trained, batch)[0]
+    return trained, batch, tasks.Training.exact(trained, batch)
 
 
 def take(runner: peers.Runner, step: tuple) -> dict[str, Any]:
@@ -310,8 +440,51 @@ def test_trainer_takes_the_step(runner, step):
     model = copy.deepcopy(model)
     row = Row(runner.name, "1")
     tasks.Training.verify(row, _Says(tasks.Training(runner, model, batch, 1, spare=False).answer()), exact)
-    assert row.error == "" and row.relative_error < tasks.FLOOR
+    assert row.error == "" and row.relative_error < tasks.STEP_LIMITS["float32"].floor
     assert model.fused == (runner.name == "fused")
+
+
+@pytest.fixture(scope="module")
+def rounded_step() -> tuple[mnv2_fused.MobileNetV2, tuple, tasks.ExactStep]:
+    """The same in bfloat16, of a network that bears rounding."""
+    generator = torch.Generator().manual_seed(2)
+    like = torch.randn(8, 3, 64, 64, generator=generator)
+    model = random_model(like, width_mult=0.35, num_classes=20, shift=benchmark.SHIFT)
+    trained, batch = tasks.Training.inputs(model, torch.randn(8, 3, 64, 64, generator=generator))
+    return trained, batch, tasks.Training.exact(trained, batch, "bfloat16")
+
+
+@pytest.mark.parametrize("runner", peers.TRAINERS[:4], ids=lambda runner: runner.name)
+def test_trainer_takes_the_step_in_bfloat16(runner, rounded_step):
+    """Under autocast, with float32 parameters; a runner that cannot says so."""
+    model, batch, exact = rounded_step
+    model = copy.deepcopy(model)
+    try:
+        task = tasks.Training(runner, model, batch, 1, False, "bfloat16")
+    except RuntimeError as error:
+        assert runner.name == "fused" and "the model would not train fused: " in str(error)
+        return
+    row = Row(runner.name, "1")
+    tasks.Training.verify(row, _Says(task.answer()), exact)
+    assert row.error == "" and 1e-3 < row.relative_error < exact.limits.gross
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "word, factor, said",
+    [
+        ("gradient", 2, r"its gradients are off by .* \(median\), more than"),
+        ("features.9.conv.1.1.running_var", 1.05, "its features.9.conv.1.1.running_var is off by 5"),
+        ("loss", 1.1, "its loss is off by"),
+        ("gradient of features.18.1.bias", 0, "its gradient of features.18.1.bias is off by 1.0e+00"),
+    ],
+)
+def test_a_wrong_step_in_bfloat16_is_not_timed(rounded_step, word, factor, said):
+    model, batch, exact = rounded_step
+    row = Row("wrong", "1")
+    found = tasks.Training(TRAINERS["eager"], copy.deepcopy(model), batch, 1, False, "bfloat16").answer()
+    tasks.Training.verify(row, _Says(_scale(found, word, factor)), exact)
+    assert re.match(said.replace("+", r"\+"), row.error) and row.error.endswith("not timed")
 
 
 def test_exact_step_is_that_of_the_whole_network(step):
@@ -414,18 +587,20 @@ def test_a_step_without_a_gradient_or_with_statistics_updated_twice_is_not_timed
 
 @pytest.mark.parametrize("factor, shown", [(1.002, 0.002), (math.nan, None)])
 def test_wrong_logits_are_not_timed(factor, shown):
-    exact = torch.randn(2, 10, dtype=torch.float64)
+    values = torch.randn(2, 10, dtype=torch.float64)
+    exact = tasks.Exact(values)
     row = Row("wrong", "1")
-    tasks.Inference.verify(row, _Says(exact * factor), exact)
+    factors = torch.tensor([[1.0], [factor]], dtype=torch.float64)  # a mistake in one image alone
+    tasks.Inference.verify(row, _Says(values * factors), exact)
     assert "off by" in row.error and row.relative_error == (shown and pytest.approx(shown))
     right = Row("right", "1")
-    tasks.Inference.verify(right, _Says(exact * 1.0005), exact)
+    tasks.Inference.verify(right, _Says(values * 1.0005), exact)
     assert right.error == "" and right.relative_error == pytest.approx(0.0005)
 
 
 def test_logits_of_another_shape_are_not_timed():
     row = Row("wrong", "1")
-    tasks.Inference.verify(row, _Says(torch.ones(10)), torch.ones(2, 10))
+    tasks.Inference.verify(row, _Says(torch.ones(10)), tasks.Exact(torch.ones(2, 10)))
     assert row.error == "its results are [10], expected [2, 10]"
 
 
@@ -452,13 +627,15 @@ def test_a_worker_that_dies_or_cannot_prepare_says_why(small):
 
 def test_peers_that_are_not_installed_are_named(monkeypatch):
     absent = peers.Runner("imaginary", peers.RUNNERS[0].prepare, ("onnx-of-nobody", "imaginary-runtime"))
-    monkeypatch.setattr(tasks.Inference, "runners", (peers.RUNNERS[0], absent))
+    monkeypatch.setitem(peers.RUNNERS_IN, "float32", (peers.RUNNERS[0], absent))
     result = benchmark.run(Options(**SMALL, rounds=1, peers=True, memory=False))
     assert [row.name for row in result.rows] == ["fused"]
     assert result.left_out == {"imaginary": "not installed: pip install onnx-of-nobody imaginary-runtime"}
 
 
 def test_a_runner_that_is_asked_for_by_its_name_and_is_not_here_is_an_error():
+    with pytest.raises(ValueError, match="litert is left out: XNNPACK has no bfloat16 convolutions"):
+        benchmark.run(Options(**SMALL, dtype="bfloat16", runners=("fused", "litert"), memory=False))
     with pytest.raises(ValueError, match="litert is left out: its graph is written here for MobileNetV2 alone"):
         benchmark.run(Options(network="ssdlite", resolution=32, runners=("fused", "litert"), memory=False))
 
@@ -473,7 +650,11 @@ def test_a_runner_that_is_asked_for_by_its_name_and_is_not_here_is_an_error():
         (dict(width=0.0), "width must be"),
         (dict(seconds=math.nan), "width must be above 0 and seconds not below 0"),
         (dict(runners=("eager", "lazy")), r"runners must be among .*, got \['lazy'\]"),
-        (dict(kernel="scalar_f64"), "kernel must be one of .*, got 'scalar_f64'"),
+        (dict(kernel="scalar_f64"), "kernel must be one of .* for float32, got 'scalar_f64'"),
+        (dict(kernel="avx2_f32", dtype="int8"), r"kernel must be one of \[.*'avx2_s8'.*\] for int8, got 'avx2_f32'"),
+        (dict(dtype="float16"), r"dtype must be one of \['float32', 'bfloat16', 'int8'\], got 'float16'"),
+        (dict(dtype="int8", train=True), "int8 does not train"),
+        (dict(dtype="int8", network="ssdlite"), "int8 is of mobilenet_v2 and mobilenet_v1 only, got ssdlite"),
         (dict(train=True, runners=("onnxruntime",)), r"runners must be among .*, got \['onnxruntime'\]"),
         (dict(train=True, peers=True), "train and peers exclude each other"),
         (dict(train=True, network="ssdlite"), "train is of mobilenet_v2 only, got ssdlite"),

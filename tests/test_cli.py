@@ -275,7 +275,7 @@ def measured(monkeypatch):
 
 def test_bench_passes_its_options_on(measured):
     args = "--batch 2 --threads 1 --width 0.5 --resolution 64 --kernel scalar_f32 --seconds 3 --peers".split()
-    args += ["--runner", "fused", "--runner", "eager"]
+    args += ["--runner", "fused", "--runner", "eager", "--dtype", "float32"]
     report = json.loads(run("bench", *args, "--json").stdout)
     options = benchmark.Options(2, 1, 0.5, 64, "scalar_f32", True, ("fused", "eager"), seconds=3.0)
     assert measured.options == options
@@ -301,6 +301,11 @@ def test_bench_with_a_failed_runner(measured):
         (["--kernel", "avx9000_f32"], "avx9000_f32"),
         (["--kernel", "scalar_f64"], "scalar_f64"),
         (["--runner", "lazy"], "lazy"),
+        (["--dtype", "float16"], "dtype must be one of ['float32', 'bfloat16', 'int8'], got 'float16'"),
+        (["--dtype", "int8", "--train"], "int8 does not train"),
+        (["--dtype", "int8", "--network", "ssdlite"], "int8 is of mobilenet_v2 and mobilenet_v1 only"),
+        (["--dtype", "bfloat16", "--kernel", "avx2_f32"], "avx2_bf16"),
+        (["--dtype", "bfloat16", "--runner", "onnxruntime"], "it has no bfloat16 convolutions on the CPU"),
         (["--plot", "nowhere/a.png"], "a folder that exists"),
         (["--plot", "a.xyz"], "a.xyz"),
     ],
