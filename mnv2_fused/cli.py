@@ -18,11 +18,13 @@ from rich.text import Text
 import mnv2_fused
 
 from . import _C, benchmark
+from . import grid as grids
 from .cli_demo import demo
 from .cli_paper import ablate, shapes, tables
 from .cli_pictures import classify, detect, segment
+from .tables import GRID
 from .tasks import NETWORKS
-from .terminal import JsonOption, check_plot, fail, out, print_json, printable, progress, write
+from .terminal import JsonOption, check_plot, fail, note, out, print_json, printable, progress, write
 
 app = typer.Typer(
     help="MobileNetV2 on the CPU as one fused PyTorch op: is it right, how fast is it, what is on these pictures?",
@@ -156,12 +158,20 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, show_default="torch's", help="Threads of each runner.")] = None,
     network: Annotated[
-        str, typer.Option(metavar="NAME", help=f"Which network: {', '.join(NETWORKS)}.")
-    ] = "mobilenet_v2",
+        str | None,
+        typer.Option(metavar="NAME", show_default="mobilenet_v2", help=f"Which network: {', '.join(NETWORKS)}."),
+    ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help=f"What all compute in: {', '.join(benchmark.DTYPES)}.")
-    ] = "float32",
-    width: Annotated[float, typer.Option(min=0.05, max=10, help="Width multiplier of the network.")] = 1.0,
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            show_default="float32; with --grid all",
+            help=f"What all compute in: {', '.join(benchmark.DTYPES)}.",
+        ),
+    ] = None,
+    width: Annotated[
+        float | None, typer.Option(min=0.05, max=10, show_default="1.0", help="Width multiplier of the network.")
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option(min=1, show_default="the network's own", help="Height and width of the images.")
     ] = None,
@@ -177,7 +187,23 @@ def bench(
     runner: Annotated[
         list[str] | None, typer.Option(metavar="NAME", show_default="all", help="Only this one; may be repeated.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Time to measure; start-up and verification come on top.")] = 20,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="The paper's 22 networks against the other runtimes, in each precision.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --grid: keep each row there (JSON), and go on from those there already."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            show_default=f"20; with --grid {grids.SECONDS:g} for each row",
+            help="Time to measure; start-up and verification come on top.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the times: .png, .svg or .pdf.")] = None,
 ) -> None:
@@ -189,7 +215,23 @@ def bench(
     --train that is a step of training (forward, cross entropy, backward, SGD with momentum), verified by loss,
     gradients and running statistics, and compared with checkpointing too; in bfloat16 under autocast. The exit status
     is 1 when a runner failed or its results were wrong.
+
+    With --grid it is the 22 networks that the paper publishes, in each precision, against the other runtimes (or those
+    that --runner names), 66 rows in 20 minutes; an interrupt shows what there is, and --resume goes on another time.
     """
+    if resume and not grid:
+        fail("--resume is of --grid only")
+    if grid:
+        own = {"network": network, "width": width, "resolution": resolution, "train": train}
+        if other := [f"--{name}" for name, value in own.items() if value]:
+            fail(f"--grid and {other[0]} exclude each other: its rows are the paper's networks, in inference")
+        if kernel and not dtype:
+            fail("--kernel is of one precision: name it, --dtype too")
+        if plot:
+            check_plot(plot)
+        chosen = dict(batch=batch or 1, threads=threads, kernel=kernel, runners=tuple(runner) if runner else None)
+        chosen["seconds"] = grids.SECONDS if seconds is None else seconds
+        return _grid(chosen, dtype, resume, as_json, plot)
     if train and peers:
         fail("--train and --peers exclude each other: the other runtimes do inference only")
     if plot:
@@ -198,14 +240,14 @@ def bench(
         options = benchmark.Options(
             batch=batch or (32 if train else 1),
             threads=threads,
-            network=network,
-            dtype=dtype,
-            width=width,
+            network=network or "mobilenet_v2",
+            dtype=dtype or "float32",
+            width=width or 1.0,
             resolution=resolution,
             kernel=kernel,
             peers=peers,
             runners=tuple(runner) if runner else None,
-            seconds=seconds,
+            seconds=20.0 if seconds is None else seconds,
             train=train,
         )
         with progress("starting", 1.0) as show:
@@ -220,6 +262,31 @@ def bench(
         write(plot, lambda: result.plot(plot))
     if failed := [row.name for row in result.rows if row.error]:
         fail(f"not timed: {', '.join(failed)}", status=1)
+
+
+def _grid(options: dict[str, Any], dtype: str | None, resume: Path | None, as_json: bool, plot: Path | None) -> None:
+    dtypes = (dtype,) if dtype else benchmark.DTYPES
+    if resume and (resume.is_dir() or not resume.parent.is_dir()):
+        fail(f"--resume {resume}: expected a file name, in a folder that exists")
+    try:
+        wanted = benchmark.Options(dtype=dtypes[0], **options)
+        with progress("starting", float(len(GRID) * len(dtypes))) as show:
+            found = grids.run(wanted, dtypes, resume, show, note)
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"cannot write {resume} ({error})", status=1)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        out.print(found.table())
+    if plot and found.entries:
+        write(plot, lambda: found.plot(plot))
+    if (missing := len(GRID) * len(dtypes) - len(found.entries)) > 0:
+        hint = f"; the same command with --resume {resume} goes on" if resume else ""
+        fail(f"interrupted: {missing} rows are missing{hint}", status=130)
+    if found.errors:
+        fail("not timed: " + "; ".join(found.errors), status=1)
 
 
 for _command in (info, bench, tables, ablate, shapes, classify, detect, segment, demo):  # as --help lists them

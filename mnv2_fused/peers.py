@@ -66,10 +66,14 @@ class Runner(NamedTuple):
 
     def missing(self, model: nn.Module | Quantized) -> str:
         """Why the runner cannot be prepared for the model: packages to get, or that it has no graph; "" if it can."""
+        if not self.unable and self.chains_only and not isinstance(model, (MobileNetV2, Quantized)):
+            return "is left out: its graph is written here for MobileNetV2 alone"
+        return self.unavailable()
+
+    def unavailable(self) -> str:
+        """The same for any model."""
         if self.unable:
             return f"is left out: {self.unable}"
-        if self.chains_only and not isinstance(model, (MobileNetV2, Quantized)):
-            return "is left out: its graph is written here for MobileNetV2 alone"
         absent = [name for name in self.packages if importlib.util.find_spec(name.replace("-", "_")) is None]
         return f"not installed: pip install {' '.join(absent)}" if absent else ""
 
