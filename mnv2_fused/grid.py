@@ -228,7 +228,8 @@ def runners(dtype: str, named: tuple[str, ...] | None = None) -> tuple[str, ...]
     found = [r.name for r in able if r.name != "fused" and (r.name in named if named else r.packages)]
     if not found:
         wanted = f"of {', '.join(named)} none is here" if named else "no other runtime is installed"
-        raise ValueError(f"{wanted} to compare with in {dtype}: pip install 'mnv2-fused[peers]', or name eager")
+        hint = "pip install 'mnv2-fused[peers]', or compare with 'eager channels_last'"
+        raise ValueError(f"{wanted} to compare with in {dtype}: {hint}")
     return ("fused", *found)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -327,6 +328,107 @@ def _describe(model: MobileNetV2 | Quantized) -> Network:
 
 def _numpy(x: Tensor) -> np.ndarray:
     return x.contiguous().numpy()
+
+
+# ---- PyTorch, int8
+
+
+def _bias(layer: Layer | Network, given: Range) -> Tensor:
+    """In float32, as PyTorch's integer operators take it."""
+    return torch.from_numpy(layer.bias * layer.scale * np.float32(given.scale)).float()
+
+
+def _eager_int8(model: Quantized, example: Tensor, threads: int) -> Call:
+    """The operators on quantised tensors, which are channels_last; oneDNN's are the fastest of its three engines."""
+    torch.set_num_threads(threads)
+    network, quantized, calls = describe_quantized(model), torch.ops.quantized, []
+
+    def weight(layer: Layer | Network) -> Tensor:
+        scale = torch.from_numpy(layer.scale)
+        real = torch.from_numpy(layer.weight) * scale.view(-1, *[1] * (layer.weight.ndim - 1))
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a successor that is torchao
+            return torch.quantize_per_channel(real, scale.double(), zeros, 0, torch.qint8)
+
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "onednn"
+    try:
+        given = network.image
+        for layer in network.layers:
+            pads, convolution = layer.kernel_size // 2, quantized.conv2d_relu if layer.relu6 else quantized.conv2d
+            packed = quantized.conv2d_prepack(
+                weight(layer), _bias(layer, given), [layer.stride] * 2, [pads] * 2, [1, 1], layer.groups
+            )
+            output = layer.summand or layer.rounded
+            calls.append((convolution, packed, output, layer.residual, layer.rounded))
+            given = layer.rounded
+        linear = quantized.linear_prepack(weight(network), _bias(network, network.mean))
+    finally:
+        torch.backends.quantized.engine = engine
+
+    def call(x: Tensor) -> Tensor:
+        outputs: list[Tensor] = []
+        x = torch.quantize_per_tensor(x, network.image.scale, network.image.zero_point, torch.quint8)
+        for convolution, packed, output, residual, rounded in calls:
+            x = convolution(x, packed, output.scale, output.zero_point)
+            if residual is not None:
+                x = quantized.add(x, outputs[residual], rounded.scale, rounded.zero_point)
+            outputs.append(x)
+        x = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+        return quantized.linear(x, linear, network.logits.scale, network.logits.zero_point).dequantize()
+
+    return torch.no_grad()(call)
+
+
+class _Rounded(nn.Module):
+    """A network of float32 operators between roundings, of which torch.compile makes integer operators."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        import torch.ao.quantization.fx._decomposed  # noqa: F401  (makes the operators below known)
+
+        self.network, self.ops = network, torch.ops.quantized_decomposed
+        given = [network.image, *(layer.rounded for layer in network.layers[:-1]), network.mean]
+        for i, (layer, x) in enumerate(zip((*network.layers, network), given, strict=True)):
+            self.register_buffer(f"weight{i}", torch.from_numpy(layer.weight))
+            self.register_buffer(f"scale{i}", torch.from_numpy(layer.scale))
+            self.register_buffer(f"zero{i}", torch.zeros(len(layer.scale), dtype=torch.int64))
+            self.register_buffer(f"bias{i}", _bias(layer, x))
+
+    def _round(self, x: Tensor, r: Range) -> Tensor:
+        how = r.scale, r.zero_point, 0, 255, torch.uint8
+        return self.ops.dequantize_per_tensor(self.ops.quantize_per_tensor(x, *how), *how)
+
+    def _parameters_of(self, i: int) -> tuple[Tensor, Tensor]:
+        weight, scale, zero, bias = (getattr(self, f"{name}{i}") for name in ("weight", "scale", "zero", "bias"))
+        return self.ops.dequantize_per_channel(weight, scale, zero, 0, -127, 127, torch.int8), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, outputs = self._round(x, self.network.image), []
+        for i, layer in enumerate(self.network.layers):
+            padding = layer.kernel_size // 2
+            x = nn.functional.conv2d(x, *self._parameters_of(i), layer.stride, padding, 1, layer.groups)
+            x = nn.functional.relu6(x) if layer.relu6 else x
+            x = x if layer.residual is None else x + outputs[layer.residual]
+            x = self._round(x, layer.rounded)
+            outputs.append(x)
+        x = self._round(x.mean((2, 3)), self.network.mean)
+        return nn.functional.linear(x, *self._parameters_of(len(outputs)))
+
+
+def _compile_int8(model: Quantized, example: Tensor, threads: int) -> Call:
+    import torch._inductor.config
+    from torch._inductor.utils import run_and_get_code
+
+    torch.set_num_threads(threads)
+    network = describe_quantized(model)
+    compiled = torch.compile(_Rounded(network).eval())
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        _, code = run_and_get_code(compiled, example)
+    if sum(len(re.findall(r"onednn\.qconv\w*\.", text)) for text in code) < len(network.layers):
+        raise RuntimeError("torch.compile left convolutions in float32")
+    return torch.no_grad()(compiled)
 
 
 # ---- ONNX Runtime and OpenVINO
@@ -644,8 +746,6 @@ RUNNERS: tuple[Runner, ...] = (
     Runner("ncnn", _ncnn, ("ncnn",), chains_only=True),
 )
 
-_PYTORCH_INT8 = "its int8 convolutions come from torchao, which is not in use here"
-
 # By the precision that they compute in; names and their order are the same in each.
 RUNNERS_IN: dict[str, tuple[Runner, ...]] = {
     "float32": RUNNERS,
@@ -661,9 +761,9 @@ RUNNERS_IN: dict[str, tuple[Runner, ...]] = {
     ),
     "int8": (
         Runner("fused", _fused_int8),
-        Runner("eager", None, unable=_PYTORCH_INT8),
-        Runner("eager channels_last", None, unable=_PYTORCH_INT8),
-        Runner("torch.compile", None, unable=_PYTORCH_INT8),
+        Runner("eager", None, unable="PyTorch's quantised tensors are channels_last"),
+        Runner("eager channels_last", _eager_int8, channels_last=True),
+        Runner("torch.compile", _compile_int8, channels_last=True),
         Runner("onnxruntime", _onnxruntime, ("onnx", "onnxruntime")),
         Runner("openvino", _openvino, ("onnx", "openvino")),
         Runner("litert", _litert, ("ai-edge-litert",), channels_last=True),
