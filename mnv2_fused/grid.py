@@ -98,6 +98,11 @@ class Grid:
         return [entry for entry in self.entries if entry.dtype == dtype and entry.ratio]
 
     @property
+    def found(self) -> tuple[str, ...]:
+        """The precisions of which there are rows."""
+        return tuple(dtype for dtype in self.dtypes if any(entry.dtype == dtype for entry in self.entries))
+
+    @property
     def errors(self) -> list[str]:
         return [error for entry in self.entries for error in entry.errors]
 
@@ -135,18 +140,18 @@ class Grid:
         from rich.text import Text
 
         left_out = {(e.dtype, name): reason for e in self.entries for name, reason in e.left_out.items()}
-        notes = [_C.cpu_name().strip(), "ms per image, medians; of the fastest peer also as a multiple of fused's"]
+        notes = [f"{_C.cpu_name().strip()}; ms per image, medians"]
         notes += self.summary() + [f"{dtype}: {name} {reason}" for (dtype, name), reason in left_out.items()]
         table = Table(title=self.title, caption="\n".join(notes), title_style="bold", caption_justify="left")
         table.add_column("network")
         table.add_column("M multiply-adds", justify="right")
-        for dtype in self.dtypes:
+        for dtype in self.found:
             table.add_column(f"{dtype}\nfused", justify="right", style="green")
-            table.add_column("\npeer")
-            table.add_column("", justify="right")
-            table.add_column("", justify="right")
+            table.add_column("\nfastest peer")
+            table.add_column("\nits ms", justify="right")
+            table.add_column("\n/ fused", justify="right")
         for width, resolution, *_ in GRID:
-            found = [self.find(width, resolution, dtype) for dtype in self.dtypes]
+            found = [self.find(width, resolution, dtype) for dtype in self.found]
             if not any(found):
                 continue
             cells = [f"{width}/{resolution}", f"{next(entry.macs for entry in found if entry) / 1e6:.0f}"]
@@ -169,15 +174,16 @@ class Grid:
         """
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import LogLocator, NullFormatter
         except ImportError:
             raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from None
-        figure = Figure(figsize=(max(9.0, 4.6 * len(self.dtypes)), 9), layout="constrained")
+        figure = Figure(figsize=(max(9.0, 4.6 * len(self.found)), 9), layout="constrained")
         figure.suptitle(self.title)
         above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
         names = list(dict.fromkeys(row.name for entry in self.entries for row in entry.rows))
         colors = dict(zip([name for name in names if name != "fused"], COLORS, strict=False)) | {"fused": "tab:green"}
-        panels = above.subplots(1, len(self.dtypes), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, dtype in zip(panels, self.dtypes, strict=True):
+        panels = above.subplots(1, len(self.found), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, dtype in zip(panels, self.found, strict=True):
             for name in names:
                 points = sorted(
                     (e.macs / 1e6, row.ms) for e in self.entries if e.dtype == dtype for row in e.rows
@@ -187,22 +193,26 @@ class Grid:
                     style = dict(zorder=3, markersize=6) if name == "fused" else dict(markersize=4, alpha=0.8)
                     axes.plot(*zip(*points, strict=True), "o", color=colors[name], label=name, **style)
             axes.set(title=dtype, xscale="log", yscale="log", xlabel="million multiply-adds")
-            axes.grid(True, which="both", alpha=0.25)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
+            axes.grid(True, alpha=0.25)
             axes.legend(frameon=False)
         panels[0].set_ylabel("ms per image")
         axes = below.subplots()
         places = {row[:2]: place for place, row in enumerate(GRID)}
-        for dtype, marker in zip(self.dtypes, "osD", strict=False):
+        for dtype, marker in zip(self.found, "osD", strict=False):
             entries = self.of(dtype)
             at = [places[entry.width, entry.resolution] for entry in entries]
             axes.plot(at, [entry.ratio for entry in entries], marker, label=dtype)
         axes.axhline(1.0, color="black", linewidth=1)
         axes.set_xticks(range(len(GRID)), [f"{width}/{side}" for width, side, *_ in GRID], rotation=60, ha="right")
         axes.set(ylabel="time of the fastest peer / fused", xlim=(-0.6, len(GRID) - 0.4))
-        axes.set_ylim(bottom=min([0.9, *(entry.ratio * 0.95 for dtype in self.dtypes for entry in self.of(dtype))]))
+        axes.set_ylim(bottom=min([0.9, *(entry.ratio * 0.95 for dtype in self.found for entry in self.of(dtype))]))
         axes.grid(True, axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, ncols=len(self.dtypes))
+        axes.legend(frameon=False, ncols=len(self.found))
         figure.savefig(path, dpi=130)
 
 
