@@ -284,7 +284,7 @@ def _grid(options: dict[str, Any], dtype: str | None, resume: Path | None, as_js
         write(plot, lambda: found.plot(plot))
     if (missing := len(GRID) * len(dtypes) - len(found.entries)) > 0:
         hint = f"; the same command with --resume {resume} goes on" if resume else ""
-        fail(f"interrupted: {missing} rows are missing{hint}", status=130)
+        fail(f"interrupted, rows missing: {missing}{hint}", status=130)
     if found.errors:
         fail("not timed: " + "; ".join(found.errors), status=1)
 

@@ -140,16 +140,15 @@ class Grid:
         from rich.text import Text
 
         left_out = {(e.dtype, name): reason for e in self.entries for name, reason in e.left_out.items()}
-        notes = [f"{_C.cpu_name().strip()}; ms per image, medians"]
+        notes = [f"{_C.cpu_name().strip()}; ms per image, medians; M MAdds: million multiply-adds"]
         notes += self.summary() + [f"{dtype}: {name} {reason}" for (dtype, name), reason in left_out.items()]
         table = Table(title=self.title, caption="\n".join(notes), title_style="bold", caption_justify="left")
-        table.add_column("network")
-        table.add_column("M multiply-adds", justify="right")
+        table.add_column("\nnetwork", no_wrap=True)
+        table.add_column("M\nMAdds", justify="right")
         for dtype in self.found:
             table.add_column(f"{dtype}\nfused", justify="right", style="green")
-            table.add_column("\nfastest peer")
-            table.add_column("\nits ms", justify="right")
-            table.add_column("\n/ fused", justify="right")
+            table.add_column("\nfastest peer", no_wrap=True)
+            table.add_column("/\nfused", justify="right")
         for width, resolution, *_ in GRID:
             found = [self.find(width, resolution, dtype) for dtype in self.found]
             if not any(found):
@@ -157,9 +156,9 @@ class Grid:
             cells = [f"{width}/{resolution}", f"{next(entry.macs for entry in found if entry) / 1e6:.0f}"]
             for entry in found:
                 fused = entry and (f"{entry.fused.ms:.3g}" if entry.fused.ms else "error")
-                peer = (entry.best.name, f"{entry.best.ms:.3g}") if entry and entry.best else ("", "")
+                peer = f"{entry.best.name} {entry.best.ms:.3g}" if entry and entry.best else ""
                 ratio = f"{entry.ratio:.2f}x" if entry and entry.ratio else ""
-                cells += [fused or "", *peer, ratio]
+                cells += [fused or "", peer, ratio]
             table.add_row(*map(Text, cells))
         return table
 

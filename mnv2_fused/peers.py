@@ -147,7 +147,9 @@ def _train_fused(model: MobileNetV2, example: Tensor, threads: int) -> Call:
     torch.set_num_threads(threads)
     model.fused = True
     if reasons := model.unfused(example):
-        raise RuntimeError(f"the model would not train fused: {reasons}")
+        (part, reason), *others = reasons.items()
+        more = f" and {len(others)} other parts" if others else ""
+        raise RuntimeError(f"the model would not train fused: {reason} ({part or 'the model'}{more})")
     return model
 
 

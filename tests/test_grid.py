@@ -164,7 +164,7 @@ def test_command_interrupted(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "run", interrupted)
     said, remarks = bench("--resume", tmp_path / "grid.json", status=130)
     assert "1.3/224" in said and "1.0/224" not in said
-    assert "interrupted: 64 rows are missing; the same command with --resume" in remarks
+    assert "interrupted, rows missing: 64; the same command with --resume" in remarks
 
 
 def test_command_with_a_failed_runner(runs, monkeypatch):
