@@ -132,7 +132,8 @@ struct TrainingStep {
   // A ring of rows of dd, with the columns that the taps reach beyond its sides, and d of one stripe, ge of some rows.
   int d_ring_rows, d_row_length, d_pad_left, chunk_rows;
   const int32_t* d_pixel_offsets;  // of each pixel in the ring of dd, as Step::pixel_offsets
-  int64_t d_offset, dd_offset, ge_offset, rows_offset, scratch_size;
+  // relu6(u) is kept in the place of d where it is as wide. Sums of dx where they are wider than it; pixels in slots.
+  int64_t d_offset, kept_offset, dd_offset, ge_offset, dx_offset, slots_offset, rows_offset, scratch_size;
 };
 
 // So many products are added up in the row's own type before they are added to doubles.
@@ -146,7 +147,8 @@ struct Accumulator {
 };
 
 // Everything a pass reads and adds to, for one image. Panels are those of the hidden channels; hidden channels that do
-// not exist have zeros. What is null is not computed. Accumulators grow from image to image.
+// not exist have zeros. What is null is not computed. Accumulators grow from image to image. x, dz and dx are of the
+// row's dtype, all else of what it adds up in; so it is with the narrow tensors of Kernel, and what is beside them.
 struct TrainingPass {
   const void *x, *dz;                // [H][W][in_channels], [out H][out W][out_channels]
   const void *expand, *expand_bias;  // packed as a 1x1 convolution in_channels -> hidden_channels

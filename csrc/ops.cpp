@@ -122,7 +122,7 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
   STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
                   " channels, got ", shape_of(input));
   if (plan.int8()) return execute_s8(prepared, input, packed, seconds);
-  STD_TORCH_CHECK(inference_dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype),
+  STD_TORCH_CHECK(dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype),
                   ", which ", plan.kernel->name, " computes in");
   const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
   const Tensor x = any_strides ? input : torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
@@ -182,7 +182,7 @@ Tensor pack_plan(const Tensor& weights, std::string text) {
   if (plan.int8()) return pack_bytes(weights, plan);
   check_weights(weights, plan.layers);
   STD_TORCH_CHECK(weights.is_cpu(), "weights must be on the CPU");
-  const Dtype dtype = plan.kernel->dtype, given = inference_dtype_of(weights, "weights");
+  const Dtype dtype = plan.kernel->dtype, given = dtype_of(weights, "weights");
   STD_TORCH_CHECK(given == dtype || (dtype == Dtype::kBFloat16 && given == Dtype::kFloat32), "weights must be ",
                   dtype_name(dtype), dtype == Dtype::kBFloat16 ? " or float32" : "");
   const int64_t element = sum_size(dtype);
@@ -244,7 +244,7 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
                          bool project_relu6, bool /*tf32*/) {
   const BlockWeights w(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
                        padding);
-  const Dtype dtype = inference_dtype_of(x, "x");
+  const Dtype dtype = dtype_of(x, "x");
   const Kernel& kernel = select_kernel(dtype);
   const auto prepared =
       prepare(plan_of(kernel.name, {Layer::kBlock, w.in, w.hidden, w.out, stride, dilation, padding[0], padding[1],

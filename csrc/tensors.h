@@ -54,17 +54,11 @@ inline std::string shape_of(const Tensor& t) {
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
-                  " must be float32 or float64; these kernels compute in no other dtype");
-  return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
-}
-
-// Of inference, which knows one more.
-inline Dtype inference_dtype_of(const Tensor& t, const char* name) {
-  const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16, name,
                   " must be float32, float64 or bfloat16; these kernels compute in no other dtype");
-  return type == ScalarType::BFloat16 ? Dtype::kBFloat16 : dtype_of(t, name);
+  return type == ScalarType::BFloat16 ? Dtype::kBFloat16
+         : type == ScalarType::Float  ? Dtype::kFloat32
+                                      : Dtype::kFloat64;
 }
 
 inline void check_size(const Tensor& t, const char* name, const std::vector<int64_t>& expected) {
@@ -110,6 +104,9 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, 
 inline Tensor doubles(const std::vector<int64_t>& shape, const Tensor& like) {
   return torch::stable::empty(shape, ScalarType::Double, std::nullopt, like.device(), std::nullopt, std::nullopt);
 }
+
+// The type of what is beside activations of x's: as wide as it at least, and as float32.
+inline ScalarType sum_type(const Tensor& x) { return x.element_size() == 8 ? ScalarType::Double : ScalarType::Float; }
 
 inline double* data_of(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
 
@@ -175,8 +172,9 @@ struct BlockWeights {
   "depthwise_bias, Tensor project_weight, Tensor project_bias, int stride, int dilation, int[] padding, bool " \
   "residual, bool project_relu6, bool tf32=False) -> Tensor"
 
-// The passes of training over pixels. Activations are dense in channels_last where no copy is wanted. On the CPU all
-// tensors are of x's dtype; on CUDA coefficients, centers, gates, biases and weights are float32, whatever that is.
+// The passes of training over pixels. Activations are dense in channels_last where no copy is wanted. Coefficients,
+// centers, gates, biases and weights are float32, whatever those are; float64 beside float64. (Weights that come in 16
+// bits are widened.)
 #define MNV2_MOMENTS "moments(Tensor x, bool tf32=False) -> (Tensor, Tensor)"
 #define MNV2_CHANNEL_MOMENTS "channel_moments(Tensor x) -> (Tensor, Tensor)"
 #define MNV2_CHANNEL_PRODUCTS "channel_products(Tensor a, Tensor b, Tensor center, Tensor? gate) -> Tensor"

@@ -42,8 +42,8 @@ Tensor dense(const Tensor& x, const char* name) {
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
-// A parameter or buffer, dense. On the CPU it is of x's dtype; elsewhere it may be float32 too, as autocast keeps
-// weights, and as norms are kept.
+// A parameter or buffer, dense. Beside 16-bit numbers it may be float32, as autocast keeps weights, and as norms are
+// kept.
 Tensor parameter(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
   if (on_cpu(x)) return weight_of(t, name, x, shape);
   check_size(t, name, shape);
@@ -182,12 +182,12 @@ Numbers numbers(const MaybeTensor& t) { return t ? numbers(*t) : Numbers{}; }
 
 Tensor nothing(const Tensor& like) { return doubles({0}, like); }
 
-// What passes take beside activations: of x's dtype on the CPU, else float32.
+// What passes take beside activations.
 Tensor passed(const std::vector<int64_t>& shape, const Tensor& x) {
-  return new_tensor(shape, x, MemoryFormat::Contiguous, on_cpu(x) ? x.scalar_type() : ScalarType::Float);
+  return new_tensor(shape, x, MemoryFormat::Contiguous, sum_type(x));
 }
 Tensor passed(const Tensor& weight, const Tensor& x) {
-  return on_cpu(x) || weight.scalar_type() == ScalarType::Float ? weight : torch::stable::to(weight, ScalarType::Float);
+  return weight.scalar_type() == sum_type(x) ? weight : torch::stable::to(weight, sum_type(x));
 }
 
 // A norm of v; mean and variance are the batch's. The convolution's bias is given where it is not in v.
@@ -489,9 +489,11 @@ struct Block {
   }
 
   // On the CPU a large mean leaves x first, or e, and g summed over the pixels, would lose their last digits to it.
-  // Elsewhere x stays as it is, since to choose is to wait; the fold takes care of the mean.
+  // Elsewhere x stays as it is, since to choose is to wait, and so do 16-bit numbers, to which the difference would be
+  // rounded; the fold takes care of the mean.
+  bool chooses_center() const { return on_cpu(x) && x.element_size() > 2; }
   void choose_center(const Tensor& mean, const Tensor& products, const Tensor& center) const {
-    if (!on_cpu(x)) return;
+    if (!chooses_center()) return;
     const double *m = data_of(mean), *p = data_of(products);
     const int64_t step = products.numel() == in ? 1 : in + 1;
     bool large = false;
@@ -502,7 +504,7 @@ struct Block {
   // x_center, x_mean, x_products, e_mean, e_var.
   void expand_moments(const Work& work, Statistics* s) const {
     if (expand.mean) {
-      if (!on_cpu(x)) return;
+      if (!chooses_center()) return;
       const auto [mean, squares] = channel_moments(x);
       return choose_center(mean, squares, s->x_center);
     }
@@ -520,7 +522,7 @@ struct Block {
     const Tensor product = kernel ? nothing(x) : doubles({in, hidden}, x);
     with_elements(*expand.weight, [&](const auto* w) {
       if (kernel) {
-        kernel_covariance_times(all, w, nullptr, data_of(s->e_var));
+        kernel_covariance_times(all, nullptr, data_of(s->e_var));
       } else {
         work.run(Elements{in, hidden, CovarianceTimes{expansion(w), data_of(all), data_of(product)}});
       }
@@ -529,17 +531,17 @@ struct Block {
     });
   }
 
-  // The two products of weights that the kernels of the CPU do.
-  void kernel_covariance_times(const Tensor& covariance, const void* w, double* product, double* variance) const {
+  // The two products of the expansion's weight that the kernels of the CPU do.
+  void kernel_covariance_times(const Tensor& covariance, double* product, double* variance) const {
     if constexpr (!kEmulated) {
-      covariance_times(select_kernel(dtype_of(x, "x")), data_of(covariance), w, in, hidden, product, variance,
-                       thread_count(), on_torch_threads);
+      covariance_times(select_kernel(dtype_of(x, "x")), data_of(covariance), passed(*expand.weight, x).data_ptr(), in,
+                       hidden, product, variance, thread_count(), on_torch_threads);
     }
   }
-  void kernel_gram(const void* w, const Tensor& q, const Tensor& matrix) const {
+  void kernel_gram(const Tensor& q, const Tensor& matrix) const {
     if constexpr (!kEmulated) {
-      gram(select_kernel(dtype_of(x, "x")), w, q.data_ptr(), in, hidden, matrix.data_ptr(), thread_count(),
-           on_torch_threads);
+      gram(select_kernel(dtype_of(x, "x")), passed(*expand.weight, x).data_ptr(), q.data_ptr(), in, hidden,
+           matrix.data_ptr(), thread_count(), on_torch_threads);
     }
   }
 
@@ -547,7 +549,7 @@ struct Block {
   template <class T>
   ExpandFold<T> fold(const T* w, const Work& work, const Statistics& s) {
     const double *center = data_of(s.x_center), *exact = nullptr;
-    if (!on_cpu(x)) {
+    if (!chooses_center()) {
       exact = expand.mean ? nullptr : data_of(s.x_mean);
     } else if (std::any_of(center, center + in, [](double c) { return c != 0; })) {
       exact = center;
@@ -728,9 +730,9 @@ void expand_backward(const Block& b, Work* work, const Statistics& s, const T* w
                                    .constant = constant,
                                    .to = static_cast<T*>(result->tensors[Gradients::kExpand].data_ptr())};
   if (kernel) {
-    if (product_rows) b.kernel_covariance_times(s.x_products, w, data_of(product), nullptr);
+    if (product_rows) b.kernel_covariance_times(s.x_products, data_of(product), nullptr);
     work->run(Elements{gradient_rows, hidden, gradient});
-    if (matrix_rows) b.kernel_gram(w, q, matrix);
+    if (matrix_rows) b.kernel_gram(q, matrix);
   } else {
     const CovarianceTimes<T> times{expansion, inputs.products, product_rows ? data_of(product) : nullptr};
     const Gram<T> gram{expansion, minus_q, b.matrix_type(), matrix_at};

@@ -7,6 +7,12 @@
 namespace mnv2_fused {
 namespace {
 
+// As weight_of, of the type that passes take.
+Tensor passed(const Tensor& t, const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
+  const Tensor dense = weight_of(t, name, x, shape);
+  return dense.scalar_type() == sum_type(x) ? dense : torch::stable::to(dense, sum_type(x));
+}
+
 // An expanding or plain block whose output is not asked about; checked as every plan is.
 struct TrainingBlock {
   const Kernel* kernel;
@@ -83,12 +89,12 @@ std::tuple<Tensor, Tensor> filter_moments(const Tensor& x, const std::optional<T
   BlockPass pass = block.pass();
   std::optional<Tensor> weight, bias;
   if (expand_weight) {
-    weight = weight_of(*expand_weight, "expand_weight", x, {hidden, x.size(1), 1, 1});
-    bias = weight_of(expand_bias.value(), "expand_bias", x, {hidden});
+    weight = passed(*expand_weight, "expand_weight", x, {hidden, x.size(1), 1, 1});
+    bias = passed(expand_bias.value(), "expand_bias", x, {hidden});
     pass.expand_weight = weight->data_ptr();
     pass.expand_bias = bias->data_ptr();
   }
-  const Tensor depthwise = weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
+  const Tensor depthwise = passed(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
   pass.depthwise_weight = depthwise.data_ptr();
   const Tensor mean = doubles({hidden}, x), square = doubles({hidden}, x);
   pass.mean = data_of(mean);
@@ -109,14 +115,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
   pass.dz = gradient.data_ptr();
   std::optional<Tensor> weight, bias;
   if (expand_weight) {
-    weight = weight_of(*expand_weight, "expand_weight", x, {hidden, in, 1, 1});
-    bias = weight_of(expand_bias.value(), "expand_bias", x, {hidden});
+    weight = passed(*expand_weight, "expand_weight", x, {hidden, in, 1, 1});
+    bias = passed(expand_bias.value(), "expand_bias", x, {hidden});
     pass.expand_weight = weight->data_ptr();
     pass.expand_bias = bias->data_ptr();
   }
-  const Tensor depthwise = weight_of(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
-  const Tensor project = weight_of(project_weight, "project_weight", x, {out, hidden, 1, 1});
-  const Tensor dense = weight_of(coefficients, "coefficients", x, {6, hidden});
+  const Tensor depthwise = passed(depthwise_weight, "depthwise_weight", x, {hidden, 1, 3, 3});
+  const Tensor project = passed(project_weight, "project_weight", x, {out, hidden, 1, 1});
+  const Tensor dense = passed(coefficients, "coefficients", x, {6, hidden});
   pass.depthwise_weight = depthwise.data_ptr();
   pass.project_weight = project.data_ptr();
   pass.coefficients = dense.data_ptr();
@@ -148,9 +154,9 @@ std::tuple<Tensor, Tensor> channel_moments_of(const Tensor& input) {
 Tensor channel_products_of(const Tensor& input, const Tensor& other, const Tensor& center,
                            const std::optional<Tensor>& gate) {
   const Rows a(input, "a");
-  const Tensor b = a.like(other, "b"), dense = weight_of(center, "center", input, {a.channels});
+  const Tensor b = a.like(other, "b"), dense = passed(center, "center", input, {a.channels});
   std::optional<Tensor> bounds;
-  if (gate) bounds = weight_of(*gate, "gate", input, {2, a.channels});
+  if (gate) bounds = passed(*gate, "gate", input, {2, a.channels});
   const Tensor sums = doubles({2, a.channels}, input);
   channel_products(*a.kernel, a.data(), b.data_ptr(), dense.data_ptr(), bounds ? bounds->data_ptr() : nullptr, a.pixels,
                    a.channels, data_of(sums), thread_count(), on_torch_threads);
@@ -164,8 +170,8 @@ Tensor affine_of(const Tensor& input, const std::optional<Tensor>& other, const 
   STD_TORCH_CHECK(!relu6 || !other, "relu6 is of an affine map of a alone, without b");
   std::optional<Tensor> b, bounds;
   if (other) b = a.like(*other, "b");
-  if (gate) bounds = weight_of(*gate, "gate", input, {2, a.channels});
-  const Tensor dense = weight_of(coefficients, "coefficients", input, {3, a.channels});
+  if (gate) bounds = passed(*gate, "gate", input, {2, a.channels});
+  const Tensor dense = passed(coefficients, "coefficients", input, {3, a.channels});
   const Tensor y =
       new_tensor({input.size(0), a.channels, input.size(2), input.size(3)}, input, MemoryFormat::ChannelsLast);
   affine(*a.kernel, a.data(), b ? b->data_ptr() : nullptr, dense.data_ptr(), bounds ? bounds->data_ptr() : nullptr,
@@ -179,8 +185,8 @@ void matrix_add_to(Tensor y, const Tensor& input, const Tensor& matrix, const Te
   STD_TORCH_CHECK(x.like(y, "y").data_ptr() == y.data_ptr(), "y must be dense in channels_last");
   std::optional<Tensor> r;
   if (residual) r = x.like(*residual, "residual");
-  const Tensor dense = weight_of(matrix, "matrix", input, {x.channels, x.channels});
-  const Tensor constant = weight_of(bias, "bias", input, {x.channels});
+  const Tensor dense = passed(matrix, "matrix", input, {x.channels, x.channels});
+  const Tensor constant = passed(bias, "bias", input, {x.channels});
   matrix_add(*x.kernel, x.data(), dense.data_ptr(), constant.data_ptr(), r ? r->data_ptr() : nullptr, y.data_ptr(),
              x.pixels, x.channels, thread_count(), on_torch_threads);
 }

@@ -67,9 +67,9 @@ def inverted_residual(
 
     Args:
         x: [N, C_in, H, W], any strides; channels_last is read as it is, others are copied. On the CPU float32,
-            float64 or, where no gradients are asked for, bfloat16; on CUDA float16, bfloat16 or float32 (its products
-            rounded to TF32 where torch.backends.cudnn.allow_tf32 is set, as it is by default). Weights are of its
-            dtype, or float32 beside one of 16 bits, whose sums are float32.
+            float64 or bfloat16; on CUDA float16, bfloat16 or float32 (its products rounded to TF32 where
+            torch.backends.cudnn.allow_tf32 is set, as it is by default). Weights are of its dtype, or float32 beside
+            one of 16 bits, whose sums are float32.
         expand_weight, expand_bias: [C_hid, C_in, 1, 1] and [C_hid]; both None for expansion factor 1 (C_hid = C_in).
         depthwise_weight, depthwise_bias: [C_hid, 1, 3, 3] and [C_hid].
         project_weight, project_bias: [C_out, C_hid, 1, 1] and [C_out].
@@ -91,18 +91,17 @@ def inverted_residual(
     if isinstance(padding, int) and not isinstance(padding, bool):
         padding = (padding,) * 4
     _output_shape(*arguments, stride, dilation, padding, residual)
-    trained = x.dtype in (dtypes := TRAINING_DTYPES[_kernels_of(x)])
-    if not trained and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
-        raise ValueError(f"x must be {_names(dtypes)} for gradients, got {x.dtype}")
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual)
         return inverted_residual_reference(*arguments, **options, project_relu6=project_relu6)
     return _OPS.inverted_residual(*arguments, stride, dilation, padding, residual, project_relu6, uses_tf32(x))
 
 
-_HALVES = (torch.float16, torch.bfloat16)
-TRAINING_DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
-DTYPES = TRAINING_DTYPES | {"cpu": (torch.float32, torch.float64, torch.bfloat16)}  # of inference
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+}
 
 
 def device_type(x: Tensor) -> str:
@@ -139,7 +138,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[object, ...], like: Te
     if tensor.dim() != len(shape) or not _fits(tensor.shape, shape):
         expected = ", ".join(str(n) for n in shape)
         raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
-    if tensor.dtype != like.dtype and not (tensor.dtype == torch.float32 and like.dtype in _HALVES):
+    if tensor.dtype != like.dtype and not (tensor.dtype == torch.float32 and like.dtype in HALVES):
         raise ValueError(f"{name} must be {like.dtype}, the dtype of x, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, the device of x, got {tensor.device}")
@@ -222,7 +221,7 @@ def _backward(ctx, grad: Tensor):
         grad = torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
     gradients = [None] * 7
     if any(need[:6]):
-        shift = bd.float() if device_type(x) == "cuda" else bd
+        shift = bd.float() if x.dtype in HALVES else bd
         one, zero = torch.ones_like(shift), torch.zeros_like(shift)
         table = torch.stack([one, shift, zero, one, zero, zero])  # no BatchNorm: u = d + bd, dd = g
         wanted = (

@@ -396,8 +396,8 @@ def wrong_arguments() -> dict[str, tuple[str, list[Any], str]]:
     none = changed(changed(train, 8, train[8][:0]), 15, train[15][:, :0])
     none = changed(none, 1, None if none[1] is None else none[1][:0])
     return {
-        "half": ("block_train", half, "x must be float32 or float64"),
-        "half norm": ("batch_norm_relu6", [norm[0].half(), *norm[1:]], "e must be float32 or float64"),
+        "half": ("block_train", half, "x must be float32, float64 or bfloat16"),
+        "half norm": ("batch_norm_relu6", [norm[0].half(), *norm[1:]], "e must be float32, float64 or bfloat16"),
         "no hidden channels": ("block_train", none, "channels must be 1 to 1048576, got 0"),
         "stride 0": ("block_train", changed(train, 22, 0), "stride must be 1 to 2, got 0"),
         "padding": ("block_train", changed(train, 24, [1 << 62, 1 << 62, 1, 1]), "padding must be 0 to 1048576"),

@@ -51,7 +51,7 @@ struct Float32 {
 struct Bf16 : Float32 {
   using X = BFloat16;
   // 8 accumulators, two halves of 2 weight vectors and of the broadcast slot: 14 registers.
-  static constexpr int kTileM = 4, kTileN = 2;
+  static constexpr int kTileM = 4, kTileN = 2, kDoublesN = 2;
   using Float32::broadcast_load, Float32::load, Float32::load_n, Float32::store, Float32::store_n;
 
   static __m256i bits(V v) { return _mm256_castps_si256(v); }
@@ -84,6 +84,13 @@ struct Bf16 : Float32 {
     return _mm256_castsi256_ps(_mm256_set1_epi32(slot));
   }
   static V broadcast_half(const X* p) { return _mm256_castsi256_ps(_mm256_set1_epi32(p->bits)); }
+  // The values of two rows of pixels in slots, those of the first in the low halves.
+  static V pairs(const X* a, const X* b) {
+    return _mm256_or_ps(load(b), _mm256_castsi256_ps(_mm256_srli_epi32(bits(load(a)), 16)));
+  }
+  static V pairs_n(const X* a, const X* b, int n) {
+    return _mm256_or_ps(load_n(b, n), _mm256_castsi256_ps(_mm256_srli_epi32(bits(load_n(a, n)), 16)));
+  }
   static V low(V slots) { return _mm256_castsi256_ps(_mm256_slli_epi32(bits(slots), 16)); }
   static V high(V slots) {
     return _mm256_castsi256_ps(_mm256_and_si256(bits(slots), _mm256_set1_epi32(int(0xffff0000))));
@@ -97,6 +104,6 @@ const char* const kFeatures[] = {"avx2", "fma", nullptr};
 
 extern const Kernel kernel_f32, kernel_bf16;
 const Kernel kernel_f32 = Training<Float32>::kernel("avx2_f32", Dtype::kFloat32, kFeatures);
-const Kernel kernel_bf16 = Forward<Bf16>::kernel("avx2_bf16", Dtype::kBFloat16, kFeatures);
+const Kernel kernel_bf16 = Training<Bf16>::kernel("avx2_bf16", Dtype::kBFloat16, kFeatures);
 
 }  // namespace mnv2_fused::avx2

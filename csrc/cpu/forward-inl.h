@@ -51,13 +51,13 @@ struct Forward {
   };
 
   // Where and how a tile of outputs goes.
-  template <class Y>
+  template <class Y, class S = T>
   struct OutputsTo {
     Y* y;
     const int32_t* offset;  // of each pixel, for the ring of h
     int64_t pixel_stride;   // otherwise
     const X* residual;      // null, or x laid out as y
-    const T* sums;          // null, or what is added to, laid out as y and maybe y itself
+    const S* sums;          // null, or what is added to, laid out as y and maybe y itself
     bool relu6;
     int tail;  // elements of the last vector that exist, 0 for all
     // Weights that are read next and would come from far away: so many elements. Null where they are in cache.
@@ -144,9 +144,9 @@ struct Forward {
   };
 
   // The product into a tensor: partial sums, residual and activation as asked for.
-  template <class Y>
+  template <class Y, class S = T>
   struct OutputTo {
-    using Out = OutputsTo<Y>;
+    using Out = OutputsTo<Y, S>;
     template <int M, int N>
     static void tile(const Pixels& pixels, const T* w, const T* bias, const Out& out) {
       V acc[M][N];
@@ -279,13 +279,15 @@ struct Forward {
 
   // ------------------------------------------------------------------------------------------- depthwise tile
 
-  struct Filter {
+  template <class Y>
+  struct FilterTo {
     const T* weight;  // [9][kLanes]
     const T* bias;
-    X* d;
+    Y* d;
     int64_t d_row, d_column;  // strides
     int dilation;
   };
+  using Filter = FilterTo<X>;
 
   // The constants of one vector of channels, kept in registers along a row.
   struct Taps {
@@ -302,8 +304,8 @@ struct Forward {
 
   // R x C outputs of one vector of channels; row i of their inputs begins at rows[i] + start. With D (dilation 1) every
   // input is loaded once for all the outputs of the tile.
-  template <class Emit, int S, bool D, int R, int C>
-  static MNV2_INLINE void filter(const Taps& t, const Filter& f, const T* const* rows, int64_t start, X* d) {
+  template <class Emit, int S, bool D, int R, int C, class Y>
+  static MNV2_INLINE void filter(const Taps& t, const FilterTo<Y>& f, const T* const* rows, int64_t start, Y* d) {
     V acc[R][C];
     MNV2_UNROLL for (int r = 0; r < R; ++r) { MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = t.bias; }
     if constexpr (D) {
@@ -338,7 +340,7 @@ struct Forward {
       }
     }
     MNV2_UNROLL for (int r = 0; r < R; ++r) {
-      X* out = d + r * f.d_row;
+      Y* out = d + r * f.d_row;
       MNV2_UNROLL for (int c = 0; c < C; ++c) {
         Isa::store(out, Emit::of(acc[r][c]));
         out += f.d_column;
@@ -348,16 +350,16 @@ struct Forward {
   }
 
   // Output columns [column, end) of R rows: whole tiles, then ever smaller ones.
-  template <class Emit, int S, bool D, int R, int C>
-  static MNV2_INLINE void filter_columns(const Taps& t, const Filter& f, const T* const* rows, int column, int end) {
+  template <class Emit, int S, bool D, int R, int C, class Y>
+  static MNV2_INLINE void filter_columns(const Taps& t, const FilterTo<Y>& f, const T* const* rows, int column, int end) {
     for (; column + C <= end; column += C) {
       filter<Emit, S, D, R, C>(t, f, rows, int64_t(column) * S * kPanel, f.d + column * f.d_column);
     }
     if constexpr (C > 1) filter_columns<Emit, S, D, R, C / 2>(t, f, rows, column, end);
   }
 
-  template <class Emit, int S, bool D, int R>
-  static __attribute__((noinline)) void filter_rows(const Filter& f, const T* const* rows, int column_count) {
+  template <class Emit, int S, bool D, int R, class Y>
+  static __attribute__((noinline)) void filter_rows(const FilterTo<Y>& f, const T* const* rows, int column_count) {
     Taps t;
     MNV2_UNROLL for (int i = 0; i < 9; ++i) t.w[i] = Isa::load(f.weight + i * kLanes);
     t.bias = Isa::load(f.bias);
@@ -365,8 +367,8 @@ struct Forward {
   }
 
   // Rows in tiles of R, then in lower ones; four are two and two, since a single row has too few chains of sums.
-  template <class Emit, int S, bool D, int R = D ? kRows : 1>
-  static void filter_stripe(Filter f, const T* const* rows, int row_count, int column_count) {
+  template <class Emit, int S, bool D, int R = D ? kRows : 1, class Y>
+  static void filter_stripe(FilterTo<Y> f, const T* const* rows, int row_count, int column_count) {
     for (; row_count >= R && !(R == 3 && row_count == 4); row_count -= R) {
       filter_rows<Emit, S, D, R>(f, rows, column_count);
       f.d += R * f.d_row;
@@ -375,8 +377,8 @@ struct Forward {
     if constexpr (R > 1) filter_stripe<Emit, S, D, R - 1>(f, rows, row_count, column_count);
   }
 
-  template <class Emit>
-  static void depthwise(const Filter& f, int stride, const T* const* rows, int row_count, int column_count) {
+  template <class Emit, class Y>
+  static void depthwise(const FilterTo<Y>& f, int stride, const T* const* rows, int row_count, int column_count) {
     if (stride == 1 && f.dilation == 1) return filter_stripe<Emit, 1, true>(f, rows, row_count, column_count);
     if (stride == 2 && f.dilation == 1) return filter_stripe<Emit, 2, true>(f, rows, row_count, column_count);
     if (stride == 1) return filter_stripe<Emit, 1, false>(f, rows, row_count, column_count);

@@ -100,7 +100,8 @@ void run(const Program& program, const Call& call, int threads, Parallel paralle
 // --- training.cpp
 
 // A pass over a batch for one block. Tensors are dense; weights as PyTorch has them, e's BatchNorm folded in. Results
-// that are null are not computed.
+// that are null are not computed. Here and below activations are of the kernel's dtype; weights, coefficients and what
+// else is beside them of what it adds up in, to be rounded while they are packed.
 struct BlockPass {
   const void *x, *dz;  // NHWC
   int64_t batch;
@@ -124,7 +125,8 @@ void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channe
 // null.
 void covariance_times(const Kernel& kernel, const double* covariance, const void* weight, int64_t channels,
                       int64_t hidden, double* product, double* variance, int threads, Parallel parallel);
-// weight^T . diag(q) . weight [channels][channels], of a weight [hidden][channels], all in the kernel's dtype.
+// weight^T . diag(q) . weight [channels][channels], of a weight [hidden][channels]; rounded to the kernel's dtype, as
+// matrix_add will have it.
 void gram(const Kernel& kernel, const void* weight, const void* q, int64_t channels, int64_t hidden, void* result,
           int threads, Parallel parallel);
 

@@ -71,14 +71,15 @@ void pack_taps(const T* w, int64_t channels, const Tiles& tiles, T* packed) {
   }
 }
 
-// Neighbours of each run rounded into one slot, zero beside the last one of an odd number.
-std::vector<uint32_t> slots_of(const float* w, const Convolution& c, const Tiles& tiles) {
+// Of w [n][run], with any strides, neighbours of each run rounded into one slot, zero beside the last one of an odd
+// number.
+std::vector<uint32_t> slots_of(const float* w, int64_t n, int64_t run, int64_t n_stride, int64_t stride) {
   std::vector<uint32_t> slots;
-  slots.reserve(size_t(c.n * c.slots(tiles)));
-  for (int64_t i = 0; i < c.n * c.k; i += c.run) {
-    for (int64_t j = 0; j < c.run; j += 2) {
-      const uint32_t high = j + 1 < c.run ? round_to_bfloat16(w[i + j + 1]).bits : 0;
-      slots.push_back(high << 16 | round_to_bfloat16(w[i + j]).bits);
+  slots.reserve(size_t(n * ceil_div(run, 2)));
+  for (int64_t i = 0; i < n; ++i, w += n_stride) {
+    for (int64_t j = 0; j < run; j += 2) {
+      const uint32_t high = j + 1 < run ? round_to_bfloat16(w[(j + 1) * stride]).bits : 0;
+      slots.push_back(high << 16 | round_to_bfloat16(w[j * stride]).bits);
     }
   }
   return slots;
@@ -96,7 +97,7 @@ void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weigh
       if (tiles.slot == 1) {
         pack_panels(w, c.n, k, k, 1, tiles, projected, packed);
       } else {
-        const std::vector<uint32_t> slots = slots_of(w, c, tiles);
+        const std::vector<uint32_t> slots = slots_of(w, c.n * (c.k / c.run), c.run, c.run, 1);
         pack_panels(slots.data(), c.n, k, k, 1, tiles, projected, reinterpret_cast<uint32_t*>(packed));
       }
     } else {
@@ -179,7 +180,11 @@ void pack_s8(const Layer& layer, const Tiles& tiles, const uint8_t* bytes, uint3
 
 void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int64_t k, bool transposed, void* packed) {
   const int64_t n_stride = transposed ? 1 : k, k_stride = transposed ? n : 1;
-  if (dtype == Dtype::kFloat32) {
+  if (dtype == Dtype::kBFloat16) {
+    const std::vector<uint32_t> slots = slots_of(static_cast<const float*>(w), n, k, n_stride, k_stride);
+    const int64_t count = ceil_div(k, tiles.slot);
+    pack_panels(slots.data(), n, count, count, 1, tiles, 0, static_cast<uint32_t*>(packed));
+  } else if (dtype == Dtype::kFloat32) {
     pack_panels(static_cast<const float*>(w), n, k, n_stride, k_stride, tiles, 0, static_cast<float*>(packed));
   } else {
     pack_panels(static_cast<const double*>(w), n, k, n_stride, k_stride, tiles, 0, static_cast<double*>(packed));
@@ -187,10 +192,10 @@ void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int6
 }
 
 void pack_depthwise(const Tiles& tiles, Dtype dtype, const void* w, int64_t channels, void* packed) {
-  if (dtype == Dtype::kFloat32) {
-    pack_taps(static_cast<const float*>(w), channels, tiles, static_cast<float*>(packed));
-  } else {
+  if (dtype == Dtype::kFloat64) {
     pack_taps(static_cast<const double*>(w), channels, tiles, static_cast<double*>(packed));
+  } else {
+    pack_taps(static_cast<const float*>(w), channels, tiles, static_cast<float*>(packed));
   }
 }
 

@@ -88,6 +88,11 @@ struct PlainBf16 : Plain<float> {
     __builtin_memcpy(&both, &bits, 4);
     return broadcast(both);
   }
+  // The values of two rows of pixels in slots, those of the first in the low halves.
+  static V pairs(const X* a, const X* b) { return pairs_n(a, b, kLanes); }
+  static V pairs_n(const X* a, const X* b, int n) {
+    return each([=](int i) { return i < n ? slot(a[i].bits | uint32_t(b[i].bits) << 16).lane[0] : 0; });
+  }
   static T half(T slot, int high) {
     uint32_t bits;
     __builtin_memcpy(&bits, &slot, 4);
@@ -107,6 +112,6 @@ const char* const kFeatures[] = {nullptr};
 extern const Kernel kernel_f32, kernel_f64, kernel_bf16;
 const Kernel kernel_f32 = Training<Plain<float>>::kernel("scalar_f32", Dtype::kFloat32, kFeatures);
 const Kernel kernel_f64 = Training<Plain<double>>::kernel("scalar_f64", Dtype::kFloat64, kFeatures);
-const Kernel kernel_bf16 = Forward<PlainBf16>::kernel("scalar_bf16", Dtype::kBFloat16, kFeatures);
+const Kernel kernel_bf16 = Training<PlainBf16>::kernel("scalar_bf16", Dtype::kBFloat16, kFeatures);
 
 }  // namespace mnv2_fused::scalar

@@ -4,6 +4,9 @@
 // A pass goes through the image once for each panel of hidden channels, a stripe of output rows at a time: h and dd are
 // rings of rows, so that no row is computed twice, and everything a stripe touches stays in L2. A row of ge is complete
 // when the last output row that reads the row of h has been filtered back.
+//
+// Sums over pixels go by slots too where those hold two values: of two neighbouring pixels then. h, d and dd are of T,
+// relu6(u) and ge of X, since they are multiplied by matrices only.
 
 template <class Isa>
 struct Training : Forward<Isa> {
@@ -11,18 +14,22 @@ struct Training : Forward<Isa> {
   using F::ceil_div;
   using F::kLanes;
   using F::kPanel;
+  using F::kSlot;
   using F::kTileM;
   using F::kTileN;
   using F::max;
   using F::min;
+  using F::slots;
   using typename F::Pixels;
   using typename F::T;
   using typename F::V;
+  using typename F::X;
 
   // ------------------------------------------------------------------------------------------ g, relu6(u) and dd
 
   struct Backward {
-    T* d;  // [pixel][kPanel]: d, overwritten by relu6(u)
+    const T* d;  // [pixel][kPanel]
+    X* kept;     // relu6(u), as d
     T* dd;
     const int32_t* offset;  // of each pixel in dd
     T* sums;                // [2][kPanel]: of g, of g (d - center)
@@ -32,6 +39,7 @@ struct Training : Forward<Isa> {
 
     MNV2_INLINE void advance(int pixels) {
       d += pixels * kPanel;
+      kept += pixels * kPanel;
       if (dd) offset += pixels;
     }
   };
@@ -52,12 +60,11 @@ struct Training : Forward<Isa> {
         const auto coefficient = [&](int i) { return Isa::load(coefficients + i * kPanel + n * kLanes); };
         V sum = Isa::load(out.sums + n * kLanes), sum_d = Isa::load(out.sums + kPanel + n * kLanes);
         MNV2_UNROLL for (int m = 0; m < M; ++m) {
-          T* at = out.d + m * kPanel + n * kLanes;
-          const V d = Isa::load(at), u = Isa::fmadd(coefficient(0), d, coefficient(1));
+          const V d = Isa::load(out.d + m * kPanel + n * kLanes), u = Isa::fmadd(coefficient(0), d, coefficient(1));
           const V g = Isa::between(u, Isa::broadcast(T(0)), Isa::broadcast(T(6)), acc[m][n]);
           sum = Isa::add(sum, g);
           sum_d = Isa::fmadd(g, Isa::sub(d, coefficient(2)), sum_d);
-          Isa::store(at, F::relu6(u));
+          Isa::store(out.kept + m * kPanel + n * kLanes, F::relu6(u));
           if constexpr (Below) {
             const V dd = Batch ? Isa::fmadd(coefficient(3), g, Isa::fmadd(coefficient(4), d, coefficient(5)))
                                : Isa::mul(coefficient(3), g);
@@ -71,9 +78,9 @@ struct Training : Forward<Isa> {
   };
 
   // dd of `count` pixels from ring pixel `first` on, around the end of the ring.
-  static void project_back(const TrainingStep& t, const T* dz, const T* w, const T* coefficients, bool batch,
+  static void project_back(const TrainingStep& t, const X* dz, const T* w, const T* coefficients, bool batch,
                            Backward out, int first, int count, int channels) {
-    const T* segment[1] = {dz};
+    const X* segment[1] = {dz};
     Pixels pixels = {segment, 1, t.step.out_channels, 0, t.step.out_channels};
     if (!out.dd) return F::template panel<ProjectBack<false, false>>(pixels, w, coefficients, out, count, channels);
     const auto below = batch ? F::template panel<ProjectBack<true, true>> : F::template panel<ProjectBack<true, false>>;
@@ -83,6 +90,7 @@ struct Training : Forward<Isa> {
       out.offset = t.d_pixel_offsets + first;
       below(pixels, w, coefficients, out, now, channels);
       out.d += int64_t(now) * kPanel;
+      out.kept += int64_t(now) * kPanel;
       pixels.offset += int64_t(now) * pixels.pixel_stride;
       first = (first + now) % ring_pixels;
       count -= now;
@@ -91,23 +99,38 @@ struct Training : Forward<Isa> {
 
   // ---------------------------------------------------------------------------------------- gradients of weights
 
-  // to[m][n] += sum over k of a[k][m] b[k][n]: a matrix product over the pixels, b a panel, a with any row length.
+  // to[m][n] += sum over k of a[k][m] b[k][n]: a matrix product over the pixels, b a panel of values B, a with any row
+  // length; of b's narrower than T a row of slots is made of two rows (of one and of zeros at the end), as a has it.
+  template <class B>
   struct Outer {
+    static constexpr int kRows = sizeof(T) / sizeof(B);
+
     template <int M, int N>
-    static void tile(const T* a, int64_t a_stride, const T* b, int64_t k, T* to) {
+    static void tile(const T* a, int64_t a_stride, const B* b, const B* zeros, int64_t k, T* to) {
       V acc[M][N];
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
         MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::load(to + m * kPanel + n * kLanes);
       }
-      for (; k > 0; --k) {
+      for (; k > 0; k -= kRows) {
         V w[N];
-        MNV2_UNROLL for (int n = 0; n < N; ++n) w[n] = Isa::load(b + n * kLanes);
+        if constexpr (kRows == 1) {
+          MNV2_UNROLL for (int n = 0; n < N; ++n) w[n] = Isa::load(b + n * kLanes);
+        } else {
+          const B* next = k > 1 ? b + kPanel : zeros;
+          MNV2_UNROLL for (int n = 0; n < N; ++n) w[n] = Isa::pairs(b + n * kLanes, next + n * kLanes);
+        }
         MNV2_UNROLL for (int m = 0; m < M; ++m) {
           const V v = Isa::broadcast_load(a + m);
-          MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::fmadd(v, w[n], acc[m][n]);
+          MNV2_UNROLL for (int n = 0; n < N; ++n) {
+            if constexpr (kRows == 1) {
+              acc[m][n] = Isa::fmadd(v, w[n], acc[m][n]);
+            } else {
+              acc[m][n] = Isa::dot(v, w[n], acc[m][n]);
+            }
+          }
         }
         a += a_stride;
-        b += kPanel;
+        b += kRows * kPanel;
       }
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
         MNV2_UNROLL for (int n = 0; n < N; ++n) Isa::store(to + m * kPanel + n * kLanes, acc[m][n]);
@@ -115,12 +138,33 @@ struct Training : Forward<Isa> {
     }
   };
 
-  static void outer(const T* a, int a_count, int64_t a_stride, const T* b, int channels, int64_t k, T* to) {
+  template <class B>
+  static void outer(const T* a, int a_count, int64_t a_stride, const B* b, const B* zeros, int channels, int64_t k,
+                    T* to) {
     const int n = ceil_div(channels, kLanes);
     for (int m = 0, tiles = ceil_div(a_count, kTileM); tiles > 0; --tiles) {  // of equal height: low ones are slow
       const int now = ceil_div(a_count - m, tiles);
-      F::template tile_function<Outer, kTileM, kTileN>(now, n)(a + m, a_stride, b, k, to + m * kPanel);
+      F::template tile_function<Outer<B>, kTileM, kTileN>(now, n)(a + m, a_stride, b, zeros, k, to + m * kPanel);
       m += now;
+    }
+  }
+
+  // Pixels [count][channels] as `outer` takes them for a: as they are, or in slots of two, which are put at `to`.
+  static const T* slot_rows(const X* x, int count, int channels, const X* zeros, T* to) {
+    if constexpr (kSlot == 1) {
+      return x;
+    } else {
+      T* row = to;
+      for (int i = 0; i < count; i += kSlot, row += channels) {
+        const X *first = x + int64_t(i) * channels, *second = i + 1 < count ? first + channels : zeros;
+        int c = 0;
+        for (; c + kLanes <= channels; c += kLanes) Isa::store(row + c, Isa::pairs(first + c, second + c));
+        if (c < channels) {
+          const int left = channels - c;
+          Isa::store_n(row + c, Isa::pairs_n(first + c, i + 1 < count ? second + c : zeros, left), left);
+        }
+      }
+      return to;
     }
   }
 
@@ -144,7 +188,7 @@ struct Training : Forward<Isa> {
   // ge of `count` pixels of a row that the same taps reach, `step` elements apart: the sum over the taps of weight and
   // dd, where h lies between 0 and 6 (everywhere when it is null). Adds to the sums [2][kPanel] of ge, of ge h.
   template <int Taps>
-  static void gather(const T* const* dd, const V* w, const T* h, T* ge, int count, int64_t step, T* sums) {
+  static void gather(const T* const* dd, const V* w, const T* h, X* ge, int count, int64_t step, T* sums) {
     constexpr int kColumns = 4;
     V sum = Isa::load(sums), sum_h = Isa::load(sums + kPanel);
     const auto columns = [&](auto width, int j) __attribute__((always_inline)) {
@@ -174,13 +218,13 @@ struct Training : Forward<Isa> {
     Isa::store(sums + kPanel, sum_h);
   }
 
-  using Gather = void (*)(const T* const*, const V*, const T*, T*, int, int64_t, T*);
+  using Gather = void (*)(const T* const*, const V*, const T*, X*, int, int64_t, T*);
   static constexpr Gather kGather[10] = {gather<0>, gather<1>, gather<2>, gather<3>, gather<4>,
                                          gather<5>, gather<6>, gather<7>, gather<8>, gather<9>};
 
   // Columns [x0, x1) of a row of ge, [x1 - x0][kPanel], for one vector of channels. h, from x0 on, is null where there
   // is no expansion; what it holds does not matter where no output reads the row.
-  static void filter_back_row(const TrainingStep& t, const T* weight, const T* dd_ring, const T* h, T* ge, int row,
+  static void filter_back_row(const TrainingStep& t, const T* weight, const T* dd_ring, const T* h, X* ge, int row,
                               int x0, int x1, T* sums) {
     const Step& s = t.step;
     const int64_t dd_row = int64_t(t.d_row_length) * kPanel;
@@ -206,11 +250,15 @@ struct Training : Forward<Isa> {
 
   // ----------------------------------------------------------------------------------------------------- moments
 
-  static V load_channels(const T* from, int left) { return left < kLanes ? Isa::load_n(from, left) : Isa::load(from); }
+  template <class Value>
+  static V load_channels(const Value* from, int left) {
+    return left < kLanes ? Isa::load_n(from, left) : Isa::load(from);
+  }
 
   // Mean and sum of squared deviations of `count` pixels `stride` apart, merged into those of `before` values.
   // Deviations from their own mean: large means cost no precision.
-  static void merge_moments(const T* d, int count, int channels, int64_t stride, double before, double* mean,
+  template <class Value>
+  static void merge_moments(const Value* d, int count, int channels, int64_t stride, double before, double* mean,
                             double* square) {
     for (int v = 0; v < channels; v += kLanes) {
       const int left = channels - v;
@@ -269,9 +317,10 @@ struct Training : Forward<Isa> {
     }
   }
 
-  // Deviations from the mean of a chunk of pixels, multiplied and added up in double: where channels are correlated,
-  // most of these sums cancel in the variances that are made of them. Scratch: a chunk's mean, what its rounding left,
-  // and the deviations in panels, [panels][kMomentPixels][kPanel].
+  // Deviations from a center of a chunk of pixels, multiplied and added up in double: where channels are correlated,
+  // most of these sums cancel in the variances that are made of them. The center is the chunk's mean; of 16-bit
+  // numbers 0, as their products are exact in T, and so are sums of equal ones over a chunk. Scratch: the center, what
+  // the mean is beside it, and the deviations in panels, [panels][kMomentPixels][kPanel], or the values in slots.
   static void moments(const void* x_, int64_t pixels, int channels, double count, double* mean, double* sums,
                       double* scratch) {
     const int panels = ceil_div(channels, kPanel), size = panels * kPanel;
@@ -279,18 +328,26 @@ struct Training : Forward<Isa> {
     double *center = scratch, *rest = center + size, *deviations = rest + size;
     for (int64_t p0 = 0; p0 < pixels; p0 += kMomentPixels) {
       const int now = pixels - p0 < kMomentPixels ? int(pixels - p0) : kMomentPixels;
-      const T* x = static_cast<const T*>(x_) + p0 * channels;
+      const X* x = static_cast<const X*>(x_) + p0 * channels;
       for (int v = 0; v < size; v += kLanes) {
         double* panel = deviations + v / kPanel * kChunk + v % kPanel;
         const int left = channels - v;
         const auto load = [&](int i) {
-          const T* from = x + int64_t(i) * channels + v;
+          const X* from = x + int64_t(i) * channels + v;
           return left >= kLanes ? Isa::load(from) : left > 0 ? Isa::load_n(from, left) : Isa::broadcast(T(0));
         };
         V sum = Isa::broadcast(T(0));
         for (int i = 0; i < now; ++i) sum = Isa::add(sum, load(i));
-        const V c = Isa::mul(sum, Isa::broadcast(T(1) / T(now)));
         T lanes[kLanes];
+        if constexpr (kSlot > 1) {
+          Isa::store(lanes, sum);
+          for (int j = 0; j < kLanes; ++j) {
+            center[v + j] = 0;
+            rest[v + j] = double(lanes[j]) / now;
+          }
+          continue;
+        }
+        const V c = Isa::mul(sum, Isa::broadcast(T(1) / T(now)));
         double left_over[kLanes] = {};
         for (int i = 0; i < now; ++i) {
           Isa::store(lanes, Isa::sub(load(i), c));
@@ -316,11 +373,35 @@ struct Training : Forward<Isa> {
                   delta * (center[column] + rest[column] - mean[column]) * weight - rest[row] * rest[column] * now;
             }
           }
-          products(deviations + i * kChunk, kPanel, deviations + j * kChunk, now, to, size, kPanel);
+          if constexpr (kSlot == 1) {
+            products(deviations + i * kChunk, kPanel, deviations + j * kChunk, now, to, size, kPanel);
+          }
         }
       }
+      if constexpr (kSlot > 1) slot_products(x, now, channels, sums, size, reinterpret_cast<T*>(deviations));
       for (int i = 0; i < size; ++i) mean[i] += (center[i] + rest[i] - mean[i]) * (now / total);
       count = total;
+    }
+  }
+
+  // Adds to the sums [size][size] the products of up to kMomentPixels pixels.
+  static void slot_products(const X* x, int count, int channels, double* sums, int size, T* scratch) {
+    const X zeros[kPanel] = {};
+    X* panel = reinterpret_cast<X*>(scratch + kMomentPixels / kSlot * channels);
+    T* product = reinterpret_cast<T*>(panel + kMomentPixels * kPanel);
+    const T* rows = slot_rows(x, count, channels, zeros, scratch);
+    for (int n = 0; n < channels; n += kPanel) {
+      const int width = min(kPanel, channels - n), height = n + width;
+      for (int i = 0; i < count; ++i) {
+        for (int v = 0; v < width; v += kLanes) {
+          Isa::store(panel + i * kPanel + v, load_channels(x + int64_t(i) * channels + n + v, width - v));
+        }
+      }
+      for (int i = 0; i < height * kPanel; ++i) product[i] = 0;
+      outer<X>(rows, height, channels, panel, zeros, width, count, product);
+      for (int m = 0; m < height; ++m) {
+        for (int i = 0; i < width; ++i) sums[int64_t(m) * size + n + i] += double(product[m * kPanel + i]);
+      }
     }
   }
 
@@ -339,7 +420,7 @@ struct Training : Forward<Isa> {
       for (int n = 0; n < kPanel; ++n) weighted[r * kPanel + n] = n < width ? q[r] * w[r * channels + first + n] : T(0);
     }
     for (int i = 0; i < channels * kPanel; ++i) to[i] = 0;
-    outer(w, channels, channels, weighted, width, rows, to);
+    outer<T>(w, channels, channels, weighted, nullptr, width, rows, to);
   }
 
   // ------------------------------------------------------------------------------------------------ narrow tensors
@@ -355,7 +436,7 @@ struct Training : Forward<Isa> {
 
   static void channel_moments(const void* x, int64_t pixels, int channels, double* mean, double* square) {
     for_chunks(pixels, channels, [&](int64_t first, int count) {
-      merge_moments(static_cast<const T*>(x) + first * channels, count, channels, channels, double(first), mean,
+      merge_moments(static_cast<const X*>(x) + first * channels, count, channels, channels, double(first), mean,
                     square);
     });
   }
@@ -375,7 +456,7 @@ struct Training : Forward<Isa> {
                                int channels, double* sums) {
     const T *center = static_cast<const T*>(center_), *gate = static_cast<const T*>(gate_);
     for_chunks(pixels, channels, [&](int64_t first, int count) {
-      const T *a = static_cast<const T*>(a_) + first * channels, *b = static_cast<const T*>(b_) + first * channels;
+      const X *a = static_cast<const X*>(a_) + first * channels, *b = static_cast<const X*>(b_) + first * channels;
       for (int v = 0; v < channels; v += kLanes) {
         const int left = channels - v;
         const V c = load_channels(center + v, left);
@@ -406,8 +487,8 @@ struct Training : Forward<Isa> {
     bool adds_b = false;  // 0 times infinity would be NaN
     for (int c = 0; b_ && c < channels; ++c) adds_b |= p[channels + c] != 0;
     for_chunks(pixels, channels, [&](int64_t first, int count) {
-      const T *a = static_cast<const T*>(a_) + first * channels, *b = static_cast<const T*>(b_) + first * channels;
-      T* y = static_cast<T*>(y_) + first * channels;
+      const X *a = static_cast<const X*>(a_) + first * channels, *b = static_cast<const X*>(b_) + first * channels;
+      X* y = static_cast<X*>(y_) + first * channels;
       for (int v = 0; v < channels; v += kLanes) {
         const int left = channels - v;
         const V scale_a = load_channels(p + v, left), scale_b = load_channels(p + channels + v, left);
@@ -441,18 +522,18 @@ struct Training : Forward<Isa> {
 
   static void matrix_add(const void* x, const void* w_, const void* bias_, const void* residual_, void* y_,
                          int64_t pixels, int channels) {
-    const T* bias = static_cast<const T*>(bias_);
+    const T *w = static_cast<const T*>(w_), *bias = static_cast<const T*>(bias_);
     constexpr int kPixels = 1024;
     for (int64_t first = 0; first < pixels; first += kPixels) {
       const int count = pixels - first < kPixels ? int(pixels - first) : kPixels;
-      const T* segment[1] = {static_cast<const T*>(x) + first * channels};
+      const X* segment[1] = {static_cast<const X*>(x) + first * channels};
       for (int n = 0; n < channels; n += kPanel) {
-        const T* residual = residual_ ? static_cast<const T*>(residual_) + first * channels + n : nullptr;
-        F::template panel<typename F::Output>({segment, 1, channels, 0, channels},
-                                              static_cast<const T*>(w_) + int64_t(n) * channels, bias + n,
-                                              {static_cast<T*>(y_) + first * channels + n, nullptr, channels, residual,
-                                               static_cast<T*>(y_) + first * channels + n, false, 0},
-                                              count, min(kPanel, channels - n));
+        const X* residual = residual_ ? static_cast<const X*>(residual_) + first * channels + n : nullptr;
+        X* y = static_cast<X*>(y_) + first * channels + n;
+        F::template panel<typename F::template OutputTo<X, X>>({segment, 1, channels, 0, channels},
+                                                               w + int64_t(n) * slots(channels), bias + n,
+                                                               {y, nullptr, channels, residual, y, false, 0}, count,
+                                                               min(kPanel, channels - n));
       }
     }
   }
@@ -492,10 +573,12 @@ struct Training : Forward<Isa> {
     const Step& s = t.step;
     T* scratch = static_cast<T*>(scratch_);
     const T* zeros = static_cast<const T*>(zeros_);
-    T *ring = scratch, *d = scratch + t.d_offset, *dd = scratch + t.dd_offset, *ge = scratch + t.ge_offset;
+    const X* no_pixel = static_cast<const X*>(zeros_);
+    T *ring = scratch, *d = scratch + t.d_offset, *dd = scratch + t.dd_offset, *slot = scratch + t.slots_offset;
+    X *kept = reinterpret_cast<X*>(scratch + t.kept_offset), *ge = reinterpret_cast<X*>(scratch + t.ge_offset);
     const T** rows = reinterpret_cast<const T**>(scratch + t.rows_offset);
     const int64_t ring_row = int64_t(s.row_length) * kPanel, dd_row = int64_t(t.d_row_length) * kPanel;
-    const T *x = static_cast<const T*>(a.x), *dz = static_cast<const T*>(a.dz);
+    const X *x = static_cast<const X*>(a.x), *dz = static_cast<const X*>(a.dz);
     const bool expands = s.source == Step::kExpand;
     const bool back = a.dx || a.expand_gradient.rounded;                 // what ge is needed for
     const bool below = back || a.depthwise_gradient.rounded != nullptr;  // what dd is needed for
@@ -516,8 +599,8 @@ struct Training : Forward<Isa> {
         const int h0 = max(max(top, 0), filled), h1 = max(h0, min(bottom, s.height));
         filled = h1;
         if (expands && h1 > h0) {
-          const T* segment[1] = {x + int64_t(h0) * s.width * s.in_channels};
-          F::expand(s, segment, static_cast<const T*>(a.expand) + int64_t(c) * s.in_channels,
+          const X* segment[1] = {x + int64_t(h0) * s.width * s.in_channels};
+          F::expand(s, segment, static_cast<const T*>(a.expand) + int64_t(c) * slots(s.in_channels),
                     static_cast<const T*>(a.expand_bias) + c, ring, h0 % s.ring_rows * s.width, s.ring_rows * s.width,
                     (h1 - h0) * s.width, channels, nullptr, 0);
         } else if (!expands) {
@@ -528,9 +611,9 @@ struct Training : Forward<Isa> {
             const int row = top + i;
             rows[i] = row < 0 || row >= s.height ? zeros : ring + row % s.ring_rows * ring_row + v;
           }
-          F::template depthwise<typename F::Raw>(
-              {filters + v * 9, zeros, d + v, int64_t(s.out_width) * kPanel, kPanel, s.dilation}, s.stride, rows,
-              o1 - o0, s.out_width);
+          const typename F::template FilterTo<T> filter = {
+              filters + v * 9, zeros, d + v, int64_t(s.out_width) * kPanel, kPanel, s.dilation};
+          F::template depthwise<typename F::Raw>(filter, s.stride, rows, o1 - o0, s.out_width);
         }
         if (a.mean) {
           for_pieces(pixels, [&](int first, int now) {
@@ -548,14 +631,16 @@ struct Training : Forward<Isa> {
           }
         };
         for_pieces(pixels, [&](int first, int now) {
-          const T* dz_rows = dz + (int64_t(o0) * s.out_width + first) * s.out_channels;
-          T* d_rows = d + int64_t(first) * kPanel;
-          project_back(t, dz_rows, static_cast<const T*>(a.project_back) + int64_t(c) * s.out_channels, coefficients,
-                       a.batch, {d_rows, below ? dd : nullptr, nullptr, sums},
+          const X* dz_rows = dz + (int64_t(o0) * s.out_width + first) * s.out_channels;
+          X* kept_rows = kept + int64_t(first) * kPanel;
+          project_back(t, dz_rows, static_cast<const T*>(a.project_back) + int64_t(c) * slots(s.out_channels),
+                       coefficients, a.batch,
+                       {d + int64_t(first) * kPanel, kept_rows, below ? dd : nullptr, nullptr, sums},
                        (o0 * s.out_width + first) % (t.d_ring_rows * s.out_width), now, channels);
           flush_sums();
           if (!project.to) return;
-          outer(dz_rows, s.out_channels, s.out_channels, d_rows, channels, now, project.to);
+          outer<X>(slot_rows(dz_rows, now, s.out_channels, no_pixel, slot), s.out_channels, s.out_channels, kept_rows,
+                   no_pixel, channels, now, project.to);
           project.added(now);
         });
         for (int o = o0; taps.to && o < o1; ++o) {
@@ -577,7 +662,7 @@ struct Training : Forward<Isa> {
           for (int row = emitted; row < end; ++row) {
             for_pieces(s.width, [&](int first, int now) {
               const T* h = ring + row % s.ring_rows * ring_row + int64_t(s.pad_left + first) * kPanel;
-              T* to = ge + (int64_t(row - emitted) * s.width + first) * kPanel;
+              X* to = ge + (int64_t(row - emitted) * s.width + first) * kPanel;
               for (int v = 0; v < width; v += kLanes) {
                 filter_back_row(t, filters + v * 9, dd + v, expands ? h + v : nullptr, to + v, row, first, first + now,
                                 sums + 2 * kPanel + v);
@@ -588,28 +673,39 @@ struct Training : Forward<Isa> {
           flush_sums();
           for_pieces((end - emitted) * s.width, [&](int first, int now) {
             const int64_t at = (int64_t(emitted) * s.width + first) * s.in_channels;
-            const T* ge_rows = ge + int64_t(first) * kPanel;
+            const X* ge_rows = ge + int64_t(first) * kPanel;
             if (expand.to) {
-              outer(x + at, s.in_channels, s.in_channels, ge_rows, channels, now, expand.to);
+              outer<X>(slot_rows(x + at, now, s.in_channels, no_pixel, slot), s.in_channels, s.in_channels, ge_rows,
+                       no_pixel, channels, now, expand.to);
               expand.added(now);
             }
             if (!a.dx) return;
-            T* dx = static_cast<T*>(a.dx) + at;
+            X* dx = static_cast<X*>(a.dx) + at;
             if (expands) {
-              const T* segment[1] = {ge_rows};
-              for (int n = 0; n < s.in_channels; n += kPanel) {
-                const int part = min(kPanel, s.in_channels - n);
-                const T* w = static_cast<const T*>(a.expand_back) + int64_t(n) * s.hidden_channels;
-                F::template panel<typename F::Output>(
-                    {segment, 1, channels, 0, kPanel}, w + int64_t(c) * ceil_div(part, kLanes) * kLanes, zeros,
-                    {dx + n, nullptr, s.in_channels, nullptr, c > 0 ? dx + n : nullptr, false, 0}, now, part);
+              const bool last = c + kPanel >= s.hidden_channels;
+              T* sum = kSlot == 1 ? reinterpret_cast<T*>(dx) : scratch + t.dx_offset + at;
+              const auto back_to = [&](auto* to) {
+                const X* segment[1] = {ge_rows};
+                for (int n = 0; n < s.in_channels; n += kPanel) {
+                  const int part = min(kPanel, s.in_channels - n), across = ceil_div(part, kLanes) * kLanes;
+                  const T* w = static_cast<const T*>(a.expand_back) + int64_t(n) * slots(s.hidden_channels);
+                  F::template panel<typename F::template OutputTo<std::remove_pointer_t<decltype(to)>>>(
+                      {segment, 1, channels, 0, kPanel}, w + int64_t(c / kSlot) * across, zeros,
+                      {to + n, nullptr, s.in_channels, nullptr, c > 0 ? sum + n : nullptr, false, 0}, now, part);
+                }
+              };
+              if constexpr (kSlot == 1) {
+                back_to(dx);
+              } else {
+                last ? back_to(dx) : back_to(sum);
               }
               return;
             }
             for (int i = 0; i < now; ++i) {
-              T* to = dx + int64_t(i) * s.in_channels + c;
+              const X* from = ge_rows + int64_t(i) * kPanel;
+              X* to = dx + int64_t(i) * s.in_channels + c;
               for (int v = 0; v < channels; v += kLanes) {
-                const V g = Isa::load(ge_rows + int64_t(i) * kPanel + v);
+                const V g = Isa::load(from + v);
                 channels - v < kLanes ? Isa::store_n(to + v, g, channels - v) : Isa::store(to + v, g);
               }
             }

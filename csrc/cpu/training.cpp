@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kBufferBytes = 256 << 10;
 
 int64_t element_size(const Kernel& kernel) { return mnv2_fused::element_size(kernel.dtype); }
+int64_t sum_size(const Kernel& kernel) { return mnv2_fused::sum_size(kernel.dtype); }
 
 struct Schedule {
   TrainingStep t{};
@@ -51,23 +52,35 @@ struct Schedule {
 
     const auto ring_rows = [&](int64_t stripe) { return std::min((stripe - 1) * s.stride + reach + 1, height); };
     const auto d_ring_rows = [&](int64_t stripe) { return std::min(stripe + reach / s.stride, out_height); };
+    // Of so many values of an activation, in elements of sums.
+    const auto slots = [&](int64_t values) { return ceil_div(values, tiles.slot); };
+    const auto kept = [&](int64_t stripe) { return tiles.slot > 1 ? slots(stripe * out_width * tiles.panel) : 0; };
     const auto size = [&](int64_t stripe) {
-      return tiles.panel * (ring_rows(stripe) * row_length + stripe * out_width + d_ring_rows(stripe) * d_row_length +
-                            stripe * s.stride * width);
+      return tiles.panel * (ring_rows(stripe) * row_length + stripe * out_width + d_ring_rows(stripe) * d_row_length) +
+             kept(stripe) + slots(stripe * s.stride * width * tiles.panel);
     };
     int64_t stripe = out_height;
-    while (stripe > 1 && size(stripe) * element_size(kernel) > kBufferBytes) --stripe;
+    while (stripe > 1 && size(stripe) * sum_size(kernel) > kBufferBytes) --stripe;
     if (size(stripe) > INT32_MAX) throw std::length_error("x is too large: its rows do not fit into 2^31 elements");
     s.stripe = int(stripe);
     s.ring_rows = int(ring_rows(stripe));
     t.d_ring_rows = int(d_ring_rows(stripe));
     t.chunk_rows = int(stripe * s.stride);
     t.d_offset = s.ring_rows * row_length * tiles.panel;
-    t.dd_offset = t.d_offset + stripe * out_width * tiles.panel;
+    t.kept_offset = t.d_offset + (kept(stripe) ? stripe * out_width * tiles.panel : 0);
+    t.dd_offset = t.d_offset + stripe * out_width * tiles.panel + kept(stripe);
     t.ge_offset = t.dd_offset + t.d_ring_rows * d_row_length * tiles.panel;
-    t.rows_offset = t.ge_offset + t.chunk_rows * width * tiles.panel;
+    t.dx_offset = t.ge_offset + slots(t.chunk_rows * width * tiles.panel);
+    t.slots_offset = t.dx_offset;
+    int64_t slot_rows = 0;
+    if (tiles.slot > 1) {
+      const int64_t pixels = std::max(stripe * out_width, t.chunk_rows * width);
+      slot_rows = slots(std::min<int64_t>(pixels, kPixelsPerFlush));
+      if (layer.expand && s.hidden_channels > tiles.panel) t.slots_offset += height * width * s.in_channels;
+    }
+    t.rows_offset = round_up(t.slots_offset + slot_rows * std::max(s.in_channels, s.out_channels), 16);
     const int64_t pointers = (stripe - 1) * s.stride + reach + 1;
-    t.scratch_size = round_up(t.rows_offset + pointers * 8 / element_size(kernel) + 1, 16);
+    t.scratch_size = round_up(t.rows_offset + pointers * 8 / sum_size(kernel) + 1, 16);
     zeros_size = round_up((row_length + 1) * tiles.panel, 16);
 
     h_offsets = pixel_offsets(s.ring_rows, row_length, s.pad_left, width, tiles);
@@ -82,7 +95,7 @@ struct Schedule {
 struct Place {
   int64_t rows = 0;     // of each panel; 0: not asked for
   int64_t exact = 0;    // offset of the doubles
-  int64_t rounded = 0;  // offset of the row's own type
+  int64_t rounded = 0;  // offset of what the row adds up in
 };
 
 // Merges mean and squared deviations of `now` values into those of `count`.
@@ -93,6 +106,7 @@ void merge(double* count, double* mean, double* square, double now, double new_m
   *count = total;
 }
 
+// T is what the row adds up in.
 template <class T>
 struct Runner {
   const Kernel& kernel;
@@ -133,11 +147,12 @@ struct Runner {
     scratch_offset = claim(&worker_bytes, t.scratch_size * int64_t(sizeof(T)));
 
     const auto weights = [&](int64_t n) { return claim(&shared_bytes, n * int64_t(sizeof(T))); };
-    expand_offset = weights(hidden * s.in_channels);
+    const int64_t slot = kernel.tiles.slot;
+    expand_offset = weights(hidden * ceil_div(s.in_channels, slot));
     bias_offset = weights(hidden);
-    expand_back_offset = weights(round_up(s.in_channels, panel) * s.hidden_channels);
+    expand_back_offset = weights(round_up(s.in_channels, panel) * ceil_div(s.hidden_channels, slot));
     depthwise_offset = weights(hidden * 9);
-    project_back_offset = weights(hidden * s.out_channels);
+    project_back_offset = weights(hidden * ceil_div(s.out_channels, slot));
     coefficients_offset = weights(hidden * 6);
     zeros_offset = weights(schedule.zeros_size);
   }
@@ -196,11 +211,12 @@ struct Runner {
     a.expand_gradient = accumulator(expand);
     a.depthwise_gradient = accumulator(depthwise);
     a.project_gradient = accumulator(project);
-    const int64_t in = int64_t(s.height) * s.width * s.in_channels, pixels = int64_t(s.out_height) * s.out_width;
+    const int64_t pixels = int64_t(s.out_height) * s.out_width, element = element_size(kernel);
+    const int64_t in = int64_t(s.height) * s.width * s.in_channels * element, out = pixels * s.out_channels * element;
     for (int64_t i = image_begin(worker); i < image_begin(worker + 1); ++i) {
-      a.x = static_cast<const T*>(pass.x) + i * in;
-      a.dz = pass.dz ? static_cast<const T*>(pass.dz) + i * pixels * s.out_channels : nullptr;
-      a.dx = pass.dx ? static_cast<T*>(pass.dx) + i * in : nullptr;
+      a.x = static_cast<const char*>(pass.x) + i * in;
+      a.dz = pass.dz ? static_cast<const char*>(pass.dz) + i * out : nullptr;
+      a.dx = pass.dx ? static_cast<char*>(pass.dx) + i * in : nullptr;
       a.count = double(i - image_begin(worker)) * double(pixels);
       kernel.train(t, a, own<T>(worker, scratch_offset), shared<T>(zeros_offset));
     }
@@ -281,10 +297,10 @@ void run_typed(const Kernel& kernel, const Schedule& schedule, const BlockPass& 
 void run(const Kernel& kernel, const Layer& layer, int64_t height, int64_t width, const BlockPass& pass, int threads,
          Parallel parallel) {
   const Schedule schedule(kernel, layer, height, width);
-  if (kernel.dtype == Dtype::kFloat32) {
-    run_typed<float>(kernel, schedule, pass, threads, parallel);
-  } else {
+  if (kernel.dtype == Dtype::kFloat64) {
     run_typed<double>(kernel, schedule, pass, threads, parallel);
+  } else {
+    run_typed<float>(kernel, schedule, pass, threads, parallel);
   }
 }
 
@@ -366,13 +382,13 @@ void covariance_times(const Kernel& kernel, const double* covariance, const void
   const auto typed = [&](const auto* w) {
     covariance_times_typed(kernel, covariance, w, channels, hidden, product, variance, threads, parallel);
   };
-  kernel.dtype == Dtype::kFloat32 ? typed(static_cast<const float*>(weight))
-                                  : typed(static_cast<const double*>(weight));
+  kernel.dtype == Dtype::kFloat64 ? typed(static_cast<const double*>(weight))
+                                  : typed(static_cast<const float*>(weight));
 }
 
 void gram(const Kernel& kernel, const void* weight, const void* q, int64_t channels, int64_t hidden, void* result,
           int threads, Parallel parallel) {
-  const int64_t panel = kernel.tiles.panel, element = element_size(kernel), own = (channels + hidden) * panel * element;
+  const int64_t panel = kernel.tiles.panel, element = sum_size(kernel), own = (channels + hidden) * panel * element;
   const Arena arena(threads * own);
   on_panels(ceil_div(channels, panel), threads, parallel, [&](int64_t p, int worker) {
     char *to = arena.data() + worker * own, *scratch = to + channels * panel * element;
@@ -383,6 +399,9 @@ void gram(const Kernel& kernel, const void* weight, const void* q, int64_t chann
                   width * element);
     }
   });
+  if (kernel.dtype != Dtype::kBFloat16) return;
+  float* matrix = static_cast<float*>(result);
+  for (int64_t i = 0; i < channels * channels; ++i) matrix[i] = widen(round_to_bfloat16(matrix[i]));
 }
 
 namespace {
@@ -446,11 +465,12 @@ void affine(const Kernel& kernel, const void* a, const void* b, const void* coef
 void matrix_add(const Kernel& kernel, const void* x, const void* matrix, const void* bias, const void* residual,
                 void* y, int64_t pixels, int64_t channels, int threads, Parallel parallel) {
   const int64_t size = round_up(channels, kernel.tiles.panel);
-  const Arena arena((size * channels + size) * element_size(kernel));
-  char* padded = arena.data() + size * channels * element_size(kernel);
+  const int64_t packed = size * ceil_div(channels, kernel.tiles.slot), element = sum_size(kernel);
+  const Arena arena((packed + size) * element);
+  char* padded = arena.data() + packed * element;
   pack_matrix(kernel.tiles, kernel.dtype, matrix, channels, channels, false, arena.data());
-  std::memset(padded, 0, size * element_size(kernel));
-  std::memcpy(padded, bias, channels * element_size(kernel));
+  std::memset(padded, 0, size * element);
+  std::memcpy(padded, bias, channels * element);
   on_pixels(pixels, threads, parallel, [&](int64_t first, int64_t count, int) {
     const int64_t at = first * channels * element_size(kernel);
     kernel.matrix_add(static_cast<const char*>(x) + at, arena.data(), padded,
