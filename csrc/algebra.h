@@ -153,8 +153,8 @@ struct Channels {
 template <class Step>
 Channels(int64_t, Step) -> Channels<Step>;
 
-// The same by blocks of neighbours, step.run<kBlock>(first of them): those with a loop over a weight, whose sums for a
-// block stay in registers.
+// The same by blocks of neighbours, step.run<kBlock>(first of them), shared out to threads on the CPU: those with a
+// loop over a weight, whose sums for a block stay in registers.
 template <class Step>
 struct Blocks {
   int64_t count;
@@ -444,7 +444,11 @@ struct ExpandFold {
   const double *center, *exact;  // null: both are 0
   Element type;                  // to which W' is rounded
   Passed<T>*weight, *bias;
-  MNV2_STEP void operator()(int64_t h) const {
+  template <int kBlock>
+  MNV2_STEP void run(int64_t first) const {
+    for (int64_t h = first; h < first + kBlock; ++h) fold(h);
+  }
+  MNV2_STEP void fold(int64_t h) const {
     const Affine a = norm.at(h);
     const T* const from = expansion.data + h * expansion.in;
     Passed<T>* const to = weight + h * expansion.in;

@@ -89,11 +89,12 @@ struct BFloat16 {
 };
 
 // To the nearest, of two as near to the even one; NaN stays NaN. Static, as the linker must not share it between ISAs.
+// Without a branch, for vectors.
 static inline BFloat16 round_to_bfloat16(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
-  if (value != value) return {uint16_t(bits >> 16 | 0x40)};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  const uint32_t nearest = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
+  return {uint16_t((value != value ? quiet : nearest) >> 16)};
 }
 
 static inline float widen(BFloat16 value) {

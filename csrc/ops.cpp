@@ -122,8 +122,8 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
   STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
                   " channels, got ", shape_of(input));
   if (plan.int8()) return execute_s8(prepared, input, packed, seconds);
-  STD_TORCH_CHECK(dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype),
-                  ", which ", plan.kernel->name, " computes in");
+  STD_TORCH_CHECK(dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype), ", which ",
+                  plan.kernel->name, " computes in");
   const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
   const Tensor x = any_strides ? input : torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
   const Tensor y = program.flat ? new_tensor({x.size(0), program.out_channels}, x, MemoryFormat::Contiguous)

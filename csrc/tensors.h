@@ -102,7 +102,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, const Tensor& like, 
 }
 
 inline Tensor doubles(const std::vector<int64_t>& shape, const Tensor& like) {
-  return torch::stable::empty(shape, ScalarType::Double, std::nullopt, like.device(), std::nullopt, std::nullopt);
+  return new_tensor(shape, like, MemoryFormat::Contiguous, ScalarType::Double);
 }
 
 // The type of what is beside activations of x's: as wide as it at least, and as float32.

@@ -605,7 +605,7 @@ void block_train(StableIValue* stack, uint64_t, uint64_t) {
 
   if (b.expand.weight) {
     b.expand_moments(work, &s);
-    with_elements(*b.expand.weight, [&](const auto* w) { work.run(Channels{hidden, b.fold(w, work, s)}); });
+    with_elements(*b.expand.weight, [&](const auto* w) { work.run(Blocks{hidden, b.fold(w, work, s)}); });
   }
   if (!b.depthwise.mean) {
     std::tie(s.d_mean, s.d_var) =
@@ -785,7 +785,7 @@ void block_train_backward(StableIValue* stack, uint64_t, uint64_t) {
     const DepthwiseTable frozen{depthwise, results(table), hidden};
     if (b.expand.weight) {
       with_elements(*b.expand.weight,
-                    [&](const auto* w) { work.run(Channels{hidden, Then{b.fold(w, work, s), frozen}}); });
+                    [&](const auto* w) { work.run(Blocks{hidden, Then{b.fold(w, work, s), frozen}}); });
     } else {
       work.run(Channels{hidden, frozen});
     }

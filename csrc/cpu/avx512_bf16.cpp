@@ -41,9 +41,8 @@ struct Bf16 : Float32 {
     return interleaved(_mm256_maskz_loadu_epi16(some, a), _mm256_maskz_loadu_epi16(some, b));
   }
   static V interleaved(__m256i a, __m256i b) {
-    const __m512i order =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                         18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
   }

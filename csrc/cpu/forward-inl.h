@@ -351,7 +351,8 @@ struct Forward {
 
   // Output columns [column, end) of R rows: whole tiles, then ever smaller ones.
   template <class Emit, int S, bool D, int R, int C, class Y>
-  static MNV2_INLINE void filter_columns(const Taps& t, const FilterTo<Y>& f, const T* const* rows, int column, int end) {
+  static MNV2_INLINE void filter_columns(const Taps& t, const FilterTo<Y>& f, const T* const* rows, int column,
+                                         int end) {
     for (; column + C <= end; column += C) {
       filter<Emit, S, D, R, C>(t, f, rows, int64_t(column) * S * kPanel, f.d + column * f.d_column);
     }

@@ -35,11 +35,12 @@ std::vector<Convolution> convolutions(const Layer& layer) {
   }
 }
 
-// w [n][k], with any strides, to panels [k][width]; blocks of 16 inputs keep both sides in L1. `projected` is the
-// number of values, not slots, that a projection adds up; 0 of anything else.
-template <class T>
-void pack_panels(const T* w, int64_t n_count, int64_t k_count, int64_t n_stride, int64_t k_stride, const Tiles& tiles,
-                 int64_t projected, T* packed) {
+// at(n, k) for n outputs and k inputs to panels [k][width]. What is read next is a neighbour of the output, where
+// `transposed`, or else of the input: then blocks of 16 inputs keep both sides in L1. `projected` is the number of
+// values, not slots, that a projection adds up; 0 of anything else.
+template <class T, class At>
+void pack_panels(const At& at, int64_t n_count, int64_t k_count, bool transposed, const Tiles& tiles, int64_t projected,
+                 T* packed) {
   for (int64_t n0 = 0; n0 < n_count; n0 += tiles.panel) {
     const int64_t n1 = std::min<int64_t>(n0 + tiles.panel, n_count), width = round_up(n1 - n0, tiles.lanes);
     T* out = packed + n0 * k_count;
@@ -47,19 +48,33 @@ void pack_panels(const T* w, int64_t n_count, int64_t k_count, int64_t n_stride,
       for (int64_t k0 = 0; k0 < k_count; k0 += 2) {
         for (int64_t i = 0; i < tiles.lanes * 3; ++i) {
           const int64_t n = n0 + i / 2, k = k0 + i % 2;
-          *out++ = n < n1 ? w[n * n_stride + k * k_stride] : T(0);
+          *out++ = n < n1 ? at(n, k) : T(0);
         }
+      }
+      continue;
+    }
+    if (transposed) {
+      for (int64_t k = 0; k < k_count; ++k, out += width) {
+        for (int64_t n = n0; n < n1; ++n) out[n - n0] = at(n, k);
+        std::fill(out + n1 - n0, out + width, T(0));
       }
       continue;
     }
     for (int64_t k0 = 0; k0 < k_count; k0 += 16) {
       const int64_t k1 = std::min<int64_t>(k0 + 16, k_count);
-      for (int64_t n = n0; n < n0 + width; ++n) {
-        const T* row = w + n * n_stride;
-        for (int64_t k = k0; k < k1; ++k) out[k * width + n - n0] = n < n1 ? row[k * k_stride] : T(0);
+      for (int64_t n = n0; n < n1; ++n) {
+        T values[16];  // what is computed of them goes by vectors
+        for (int64_t k = k0; k < k1; ++k) values[k - k0] = at(n, k);
+        for (int64_t k = k0; k < k1; ++k) out[k * width + n - n0] = values[k - k0];
       }
+      for (int64_t k = k0; k < k1; ++k) std::fill(out + k * width + n1 - n0, out + (k + 1) * width, T(0));
     }
   }
+}
+
+// Two values rounded into one slot, the first in its low half.
+uint32_t slot_of(float low, float high) {
+  return uint32_t(round_to_bfloat16(high).bits) << 16 | round_to_bfloat16(low).bits;
 }
 
 template <class T>
@@ -71,18 +86,25 @@ void pack_taps(const T* w, int64_t channels, const Tiles& tiles, T* packed) {
   }
 }
 
-// Of w [n][run], with any strides, neighbours of each run rounded into one slot, zero beside the last one of an odd
-// number.
-std::vector<uint32_t> slots_of(const float* w, int64_t n, int64_t run, int64_t n_stride, int64_t stride) {
-  std::vector<uint32_t> slots;
-  slots.reserve(size_t(n * ceil_div(run, 2)));
-  for (int64_t i = 0; i < n; ++i, w += n_stride) {
-    for (int64_t j = 0; j < run; j += 2) {
-      const uint32_t high = j + 1 < run ? round_to_bfloat16(w[(j + 1) * stride]).bits : 0;
-      slots.push_back(high << 16 | round_to_bfloat16(w[j * stride]).bits);
+// A convolution as PyTorch has it. A slot has neighbours of a run, and zero beside the last one of an odd number.
+template <class T>
+void pack_convolution(const T* w, const Convolution& c, const Tiles& tiles, T* packed) {
+  const int64_t projected = c.projection ? c.k : 0;
+  if constexpr (sizeof(T) == 4) {
+    if (tiles.slot > 1) {
+      const int64_t slots = ceil_div(c.run, 2);
+      const auto at = [&](int64_t n, int64_t k) {
+        const int64_t i = k % slots * 2;
+        const T* values = w + n * c.k + k / slots * c.run + i;
+        return slot_of(values[0], i + 1 < c.run ? values[1] : 0);
+      };
+      const auto even = [&](int64_t n, int64_t k) { return slot_of(w[n * c.k + 2 * k], w[n * c.k + 2 * k + 1]); };
+      auto* to = reinterpret_cast<uint32_t*>(packed);
+      return c.run % 2 ? pack_panels(at, c.n, c.slots(tiles), false, tiles, projected, to)
+                       : pack_panels(even, c.n, c.slots(tiles), false, tiles, projected, to);
     }
   }
-  return slots;
+  pack_panels([&](int64_t n, int64_t k) { return w[n * c.k + k]; }, c.n, c.k, false, tiles, projected, packed);
 }
 
 template <class T>
@@ -92,16 +114,8 @@ void pack_layer(const Layer& layer, const Tiles& tiles, const void* const* weigh
     const int64_t n = round_up(c.n, tiles.lanes);
     if (c.depthwise) {
       pack_taps(w, c.n, tiles, packed);
-    } else if constexpr (sizeof(T) == 4) {
-      const int64_t projected = c.projection ? c.k : 0, k = c.slots(tiles);
-      if (tiles.slot == 1) {
-        pack_panels(w, c.n, k, k, 1, tiles, projected, packed);
-      } else {
-        const std::vector<uint32_t> slots = slots_of(w, c.n * (c.k / c.run), c.run, c.run, 1);
-        pack_panels(slots.data(), c.n, k, k, 1, tiles, projected, reinterpret_cast<uint32_t*>(packed));
-      }
     } else {
-      pack_panels(w, c.n, c.k, c.k, 1, tiles, c.projection ? c.k : 0, packed);
+      pack_convolution(w, c, tiles, packed);
     }
     packed += n * c.slots(tiles);
     std::copy_n(bias, c.n, packed);
@@ -179,16 +193,27 @@ void pack_s8(const Layer& layer, const Tiles& tiles, const uint8_t* bytes, uint3
 }
 
 void pack_matrix(const Tiles& tiles, Dtype dtype, const void* w, int64_t n, int64_t k, bool transposed, void* packed) {
+  const auto typed = [&](const auto* w, auto* to) {
+    const auto pack_as = [&](const auto& at) { pack_panels(at, n, k, transposed, tiles, 0, to); };
+    transposed ? pack_as([=](int64_t i, int64_t j) { return w[j * n + i]; })
+               : pack_as([=](int64_t i, int64_t j) { return w[i * k + j]; });
+  };
+  if (dtype == Dtype::kFloat64) return typed(static_cast<const double*>(w), static_cast<double*>(packed));
+  const float* values = static_cast<const float*>(w);
+  if (dtype == Dtype::kFloat32) return typed(values, static_cast<float*>(packed));
+  const int64_t slots = ceil_div(k, 2);
+  uint32_t* to = static_cast<uint32_t*>(packed);
   const int64_t n_stride = transposed ? 1 : k, k_stride = transposed ? n : 1;
-  if (dtype == Dtype::kBFloat16) {
-    const std::vector<uint32_t> slots = slots_of(static_cast<const float*>(w), n, k, n_stride, k_stride);
-    const int64_t count = ceil_div(k, tiles.slot);
-    pack_panels(slots.data(), n, count, count, 1, tiles, 0, static_cast<uint32_t*>(packed));
-  } else if (dtype == Dtype::kFloat32) {
-    pack_panels(static_cast<const float*>(w), n, k, n_stride, k_stride, tiles, 0, static_cast<float*>(packed));
-  } else {
-    pack_panels(static_cast<const double*>(w), n, k, n_stride, k_stride, tiles, 0, static_cast<double*>(packed));
+  const auto pack_as = [&](const auto& at) { pack_panels(at, n, slots, transposed, tiles, 0, to); };
+  if (k % 2) {
+    return pack_as([=](int64_t i, int64_t j) {
+      const float* value = values + i * n_stride + 2 * j * k_stride;
+      return slot_of(*value, 2 * j + 1 < k ? value[k_stride] : 0);
+    });
   }
+  transposed
+      ? pack_as([=](int64_t i, int64_t j) { return slot_of(values[2 * j * n + i], values[(2 * j + 1) * n + i]); })
+      : pack_as([=](int64_t i, int64_t j) { return slot_of(values[i * k + 2 * j], values[i * k + 2 * j + 1]); });
 }
 
 void pack_depthwise(const Tiles& tiles, Dtype dtype, const void* w, int64_t channels, void* packed) {

@@ -530,10 +530,9 @@ struct Training : Forward<Isa> {
       for (int n = 0; n < channels; n += kPanel) {
         const X* residual = residual_ ? static_cast<const X*>(residual_) + first * channels + n : nullptr;
         X* y = static_cast<X*>(y_) + first * channels + n;
-        F::template panel<typename F::template OutputTo<X, X>>({segment, 1, channels, 0, channels},
-                                                               w + int64_t(n) * slots(channels), bias + n,
-                                                               {y, nullptr, channels, residual, y, false, 0}, count,
-                                                               min(kPanel, channels - n));
+        F::template panel<typename F::template OutputTo<X, X>>(
+            {segment, 1, channels, 0, channels}, w + int64_t(n) * slots(channels), bias + n,
+            {y, nullptr, channels, residual, y, false, 0}, count, min(kPanel, channels - n));
       }
     }
   }

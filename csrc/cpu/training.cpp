@@ -119,6 +119,7 @@ struct Runner {
   int64_t moments_offset = 0, sums_offset = 0, scratch_offset = 0, worker_bytes = 0;
   int64_t expand_offset = 0, bias_offset = 0, expand_back_offset = 0, depthwise_offset = 0, project_back_offset = 0,
           coefficients_offset = 0, zeros_offset = 0, shared_bytes = 0;
+  int64_t padded_bytes = 0;  // where what the weights leave is 0
   char* memory = nullptr;
 
   Runner(const Kernel& k, const Schedule& schedule, const BlockPass& p, int threads)
@@ -148,13 +149,14 @@ struct Runner {
 
     const auto weights = [&](int64_t n) { return claim(&shared_bytes, n * int64_t(sizeof(T))); };
     const int64_t slot = kernel.tiles.slot;
-    expand_offset = weights(hidden * ceil_div(s.in_channels, slot));
     bias_offset = weights(hidden);
-    expand_back_offset = weights(round_up(s.in_channels, panel) * ceil_div(s.hidden_channels, slot));
-    depthwise_offset = weights(hidden * 9);
-    project_back_offset = weights(hidden * ceil_div(s.out_channels, slot));
     coefficients_offset = weights(hidden * 6);
     zeros_offset = weights(schedule.zeros_size);
+    padded_bytes = shared_bytes;
+    depthwise_offset = weights(hidden * 9);
+    expand_offset = weights(hidden * ceil_div(s.in_channels, slot));
+    expand_back_offset = weights(round_up(s.in_channels, panel) * ceil_div(s.hidden_channels, slot));
+    project_back_offset = weights(hidden * ceil_div(s.out_channels, slot));
   }
 
   int64_t bytes() const { return shared_bytes + workers * worker_bytes; }
@@ -167,21 +169,27 @@ struct Runner {
     return reinterpret_cast<U*>(memory + shared_bytes + worker * worker_bytes + offset);
   }
 
-  void pack() const {
+  // In two parts that take about as long.
+  static constexpr int kParts = 2;
+  void pack(int part) const {
     const Step& s = t.step;
-    std::memset(memory, 0, shared_bytes);
     const auto matrix = [&](const void* w, int64_t n, int64_t k, bool transposed, int64_t offset) {
       pack_matrix(kernel.tiles, kernel.dtype, w, n, k, transposed, shared<T>(offset));
     };
-    if (pass.expand_weight) {
-      matrix(pass.expand_weight, s.hidden_channels, s.in_channels, false, expand_offset);
+    if (part == 0) {
+      if (pass.expand_weight) matrix(pass.expand_weight, s.hidden_channels, s.in_channels, false, expand_offset);
+      return;
+    }
+    if (pass.expand_weight && pass.dx) {
       matrix(pass.expand_weight, s.in_channels, s.hidden_channels, true, expand_back_offset);
+    }
+    if (pass.dz) matrix(pass.project_weight, s.hidden_channels, s.out_channels, true, project_back_offset);
+    pack_depthwise(kernel.tiles, kernel.dtype, pass.depthwise_weight, s.hidden_channels, shared<T>(depthwise_offset));
+    std::memset(memory, 0, padded_bytes);
+    if (pass.expand_weight) {
       std::copy_n(static_cast<const T*>(pass.expand_bias), s.hidden_channels, shared<T>(bias_offset));
     }
-    pack_depthwise(kernel.tiles, kernel.dtype, pass.depthwise_weight, s.hidden_channels, shared<T>(depthwise_offset));
-    if (!pass.dz) return;
-    matrix(pass.project_weight, s.hidden_channels, s.out_channels, true, project_back_offset);
-    for (int64_t i = 0; i < 6; ++i) {
+    for (int64_t i = 0; pass.dz && i < 6; ++i) {
       for (int64_t c = 0; c < s.hidden_channels; ++c) {
         shared<T>(coefficients_offset)[(c / panel * 6 + i) * panel + c % panel] =
             static_cast<const T*>(pass.coefficients)[i * s.hidden_channels + c];
@@ -230,21 +238,19 @@ struct Runner {
 
   int64_t image_begin(int worker) const { return pass.batch * worker / workers; }
 
-  void collect() const {
+  // What the workers found for the hidden channels of panel `p`.
+  void collect(int64_t p) const {
     const Step& s = t.step;
-    const int64_t channels = s.hidden_channels;
+    const int64_t first = p * panel, width = std::min<int64_t>(panel, s.hidden_channels - first);
     const auto gather = [&](const Place& from, double* to) {
-      for (int64_t c = 0; from.rows && c < channels; c += panel) {
-        const int64_t width = std::min(panel, channels - c);
-        for (int64_t i = 0; i < from.rows; ++i) {
-          double* row = to + i * channels + c;
-          for (int w = 0; w < workers; ++w) {
-            const int64_t at = (c / panel * from.rows + i) * panel;
-            const T* rounded = own<T>(w, from.rounded) + at;
-            const double* exact = own<double>(w, from.exact) + at;
-            for (int64_t j = 0; j < width; ++j) {
-              row[j] = (w ? row[j] : 0) + ((flushes ? exact[j] : 0) + double(rounded[j]));
-            }
+      for (int64_t i = 0; i < from.rows; ++i) {
+        double* row = to + i * s.hidden_channels + first;
+        for (int w = 0; w < workers; ++w) {
+          const int64_t at = (p * from.rows + i) * panel;
+          const T* rounded = own<T>(w, from.rounded) + at;
+          const double* exact = own<double>(w, from.exact) + at;
+          for (int64_t j = 0; j < width; ++j) {
+            row[j] = (w ? row[j] : 0) + ((flushes ? exact[j] : 0) + double(rounded[j]));
           }
         }
       }
@@ -252,11 +258,11 @@ struct Runner {
     gather(expand, pass.expand_gradient);
     gather(depthwise, pass.depthwise_gradient);
     gather(project, pass.project_gradient);
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = first; c < first + width; ++c) {
       for (int i = 0; pass.sums && i < 4; ++i) {
         double sum = 0;
-        for (int w = 0; w < workers; ++w) sum += own<double>(w, sums_offset)[(c / panel * 4 + i) * panel + c % panel];
-        pass.sums[i * channels + c] = sum;
+        for (int w = 0; w < workers; ++w) sum += own<double>(w, sums_offset)[(p * 4 + i) * panel + c - first];
+        pass.sums[i * s.hidden_channels + c] = sum;
       }
       if (!pass.mean) continue;
       double count = 0;
@@ -282,14 +288,23 @@ void on_workers(int workers, Parallel parallel, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// body(panel, worker) for `panels` panels shared out to the workers.
+template <class Body>
+void on_panels(int64_t panels, int threads, Parallel parallel, const Body& body) {
+  const int workers = int(std::min<int64_t>(threads, panels));
+  on_workers(workers, parallel, [&](int w) {
+    for (int64_t p = panels * w / workers; p < panels * (w + 1) / workers; ++p) body(p, w);
+  });
+}
+
 template <class T>
 void run_typed(const Kernel& kernel, const Schedule& schedule, const BlockPass& pass, int threads, Parallel parallel) {
   Runner<T> runner(kernel, schedule, pass, threads);
   const Arena arena(runner.bytes());
   runner.memory = arena.data();
-  runner.pack();
+  on_panels(runner.kParts, threads, parallel, [&](int64_t part, int) { runner.pack(int(part)); });
   on_workers(runner.workers, parallel, [&](int worker) { runner.work(worker); });
-  runner.collect();
+  on_panels(runner.panels, threads, parallel, [&](int64_t p, int) { runner.collect(p); });
 }
 
 }  // namespace
@@ -338,15 +353,6 @@ void moments(const Kernel& kernel, const void* x, int64_t pixels, int64_t channe
 }
 
 namespace {
-
-// body(panel, worker) for `panels` panels shared out to the workers.
-template <class Body>
-void on_panels(int64_t panels, int threads, Parallel parallel, const Body& body) {
-  const int workers = int(std::min<int64_t>(threads, panels));
-  on_workers(workers, parallel, [&](int w) {
-    for (int64_t p = panels * w / workers; p < panels * (w + 1) / workers; ++p) body(p, w);
-  });
-}
 
 template <class T>
 void covariance_times_typed(const Kernel& kernel, const double* covariance, const T* weight, int64_t channels,

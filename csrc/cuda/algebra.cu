@@ -49,9 +49,9 @@ MNV2_EACH(Channels<Deviation>);
 #define MNV2_EACH_OF(T)                                                                        \
   MNV2_EACH(Elements<CovarianceTimes<T>>);                                                     \
   MNV2_EACH(Blocks<ExpandStatistics<T>>);                                                      \
-  MNV2_EACH(Channels<ExpandFold<T>>);                                                          \
+  MNV2_EACH(Blocks<ExpandFold<T>>);                                                            \
   MNV2_EACH(Channels<Then<Mean, DepthwiseFold<T>>>);                                           \
-  MNV2_EACH(Channels<Then<ExpandFold<T>, DepthwiseTable>>);                                    \
+  MNV2_EACH(Blocks<Then<ExpandFold<T>, DepthwiseTable>>);                                      \
   MNV2_EACH(Blocks<Then<ExpandSums<T>, ExpandBackward>>);                                      \
   MNV2_EACH(Blocks<ExpandSums<T>>);                                                            \
   MNV2_EACH(Blocks<Rest<T>>);                                                                  \
