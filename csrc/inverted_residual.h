@@ -161,6 +161,7 @@ struct TrainingPass {
   double *mean, *square;             // of d: [panels * panel]; of the `count` values of images before
   double count;
   double* sums;  // [panels][4][panel]: of g, g (d - center), ge, ge h
+  bool g_sums;   // the first two are asked for, as they are with the gradient of the projection
   Accumulator expand_gradient, depthwise_gradient, project_gradient;  // rows: in, 9, out
   void* dx;                                                           // [H][W][in_channels], overwritten
 };

@@ -139,6 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_gradients(
   pass.depthwise_gradient = target(depthwise_gradient);
   pass.project_gradient = target(project_gradient);
   pass.sums = data_of(sums);
+  pass.g_sums = wanted & (kProjectGradient | kSums);
   block.run(pass, {expand_gradient, depthwise_gradient, project_gradient, sums});
   return {dx, expand_gradient, depthwise_gradient, project_gradient, sums};
 }

@@ -19,6 +19,7 @@ struct Float32 {
   // 4 accumulators, 9 weights, the bias and an input: 15 registers.
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 4;
   static constexpr bool kPairs = false;
+  static constexpr int kRegisters = 16;
   static constexpr int kStreams = 4;
   static constexpr int kDoubles = 4, kDoublesM = 4, kDoublesN = 3;  // as the tile, in doubles
   static_assert(kTileM * kTileN + kTileN + 1 <= 16 && kDepthwiseRows * kDepthwiseColumns + 11 <= 16);

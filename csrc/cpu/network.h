@@ -110,6 +110,7 @@ struct BlockPass {
   const void* coefficients;  // [6][hidden_channels], see TrainingPass; null without dz
   double *mean, *square;     // [hidden_channels], of d: mean and sum of squared deviations
   double* sums;              // [4][hidden_channels], see TrainingPass
+  bool g_sums;               // the first two are asked for, as the projection's gradient asks for them
   double *expand_gradient, *depthwise_gradient, *project_gradient;  // [in], [9], [out] rows of [hidden_channels]
   void* dx;                                                         // NHWC
 };

@@ -18,6 +18,7 @@ struct Plain {
   static constexpr int kTileM = 2, kTileN = 2;
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 2;
   static constexpr bool kPairs = false;
+  static constexpr int kRegisters = 16;
   static constexpr int kStreams = 2;
   static constexpr int kDoubles = 2, kDoublesM = 4, kDoublesN = 2;
 

@@ -44,9 +44,9 @@ struct Training : Forward<Isa> {
     }
   };
 
-  // dz . Wp^T and what follows from it for each pixel. Below: dd is asked for; Batch: with the part through d's
-  // statistics.
-  template <bool Below, bool Batch>
+  // dz . Wp^T and what follows from it for each pixel. Sums: relu6(u) and the sums are asked for; Below: dd is; Batch:
+  // with the part through d's statistics.
+  template <bool Sums, bool Below, bool Batch>
   struct ProjectBack {
     using Out = Backward;
     template <int M, int N>
@@ -58,32 +58,47 @@ struct Training : Forward<Isa> {
       F::template multiply<M, N>(acc, pixels, w, out);
       MNV2_UNROLL for (int n = 0; n < N; ++n) {
         const auto coefficient = [&](int i) { return Isa::load(coefficients + i * kPanel + n * kLanes); };
-        V sum = Isa::load(out.sums + n * kLanes), sum_d = Isa::load(out.sums + kPanel + n * kLanes);
+        V sum, sum_d;
+        if constexpr (Sums) {
+          sum = Isa::load(out.sums + n * kLanes);
+          sum_d = Isa::load(out.sums + kPanel + n * kLanes);
+        }
         MNV2_UNROLL for (int m = 0; m < M; ++m) {
           const V d = Isa::load(out.d + m * kPanel + n * kLanes), u = Isa::fmadd(coefficient(0), d, coefficient(1));
           const V g = Isa::between(u, Isa::broadcast(T(0)), Isa::broadcast(T(6)), acc[m][n]);
-          sum = Isa::add(sum, g);
-          sum_d = Isa::fmadd(g, Isa::sub(d, coefficient(2)), sum_d);
-          Isa::store(out.kept + m * kPanel + n * kLanes, F::relu6(u));
+          if constexpr (Sums) {
+            sum = Isa::add(sum, g);
+            sum_d = Isa::fmadd(g, Isa::sub(d, coefficient(2)), sum_d);
+            Isa::store(out.kept + m * kPanel + n * kLanes, F::relu6(u));
+          }
           if constexpr (Below) {
             const V dd = Batch ? Isa::fmadd(coefficient(3), g, Isa::fmadd(coefficient(4), d, coefficient(5)))
                                : Isa::mul(coefficient(3), g);
             Isa::store(out.dd + out.offset[m] + n * kLanes, dd);
           }
         }
-        Isa::store(out.sums + n * kLanes, sum);
-        Isa::store(out.sums + kPanel + n * kLanes, sum_d);
+        if constexpr (Sums) {
+          Isa::store(out.sums + n * kLanes, sum);
+          Isa::store(out.sums + kPanel + n * kLanes, sum_d);
+        }
       }
     }
   };
 
-  // dd of `count` pixels from ring pixel `first` on, around the end of the ring.
-  static void project_back(const TrainingStep& t, const X* dz, const T* w, const T* coefficients, bool batch,
-                           Backward out, int first, int count, int channels) {
+  // Of `count` pixels what is asked for: dd where there is a place for it, from ring pixel `first` on, around the end of
+  // the ring; relu6(u) and the sums, where `sums`.
+  static void project_back(const TrainingStep& t, const X* dz, const T* w, const T* coefficients, bool sums,
+                           bool batch, Backward out, int first, int count, int channels) {
     const X* segment[1] = {dz};
     Pixels pixels = {segment, 1, t.step.out_channels, 0, t.step.out_channels};
-    if (!out.dd) return F::template panel<ProjectBack<false, false>>(pixels, w, coefficients, out, count, channels);
-    const auto below = batch ? F::template panel<ProjectBack<true, true>> : F::template panel<ProjectBack<true, false>>;
+    if (!out.dd) {
+      if (sums) F::template panel<ProjectBack<true, false, false>>(pixels, w, coefficients, out, count, channels);
+      return;
+    }
+    const auto below = sums ? batch ? F::template panel<ProjectBack<true, true, true>>
+                                    : F::template panel<ProjectBack<true, true, false>>
+                       : batch ? F::template panel<ProjectBack<false, true, true>>
+                               : F::template panel<ProjectBack<false, true, false>>;
     const int ring_pixels = t.d_ring_rows * t.step.out_width;
     while (count > 0) {
       const int now = min(count, ceil_div(ring_pixels - first, kTileM) * kTileM);
@@ -168,84 +183,121 @@ struct Training : Forward<Isa> {
     }
   }
 
-  // [9][kPanel] += over columns [x0, x1) of a row of outputs, dd (from x0 on) times what each tap read.
-  static void filter_gradient(const Step& s, const T* const* rows, const T* dd, int x0, int x1, T* to) {
-    V acc[9];
-    MNV2_UNROLL for (int i = 0; i < 9; ++i) acc[i] = Isa::load(to + i * kPanel);
-    const int64_t step = int64_t(s.stride) * kPanel, reach = int64_t(s.dilation) * kPanel;
-    const T* row[3] = {rows[0] + x0 * step, rows[s.dilation] + x0 * step, rows[2 * s.dilation] + x0 * step};
-    for (int x = x0; x < x1; ++x) {
-      const V g = Isa::load(dd);
-      MNV2_UNROLL for (int i = 0; i < 9; ++i) { acc[i] = Isa::fmadd(Isa::load(row[i / 3] + i % 3 * reach), g, acc[i]); }
-      dd += kPanel;
-      MNV2_UNROLL for (int i = 0; i < 3; ++i) row[i] += step;
-    }
-    MNV2_UNROLL for (int i = 0; i < 9; ++i) Isa::store(to + i * kPanel, acc[i]);
-  }
-
   // ------------------------------------------------------------------------------------------------ filtered back
 
-  // ge of `count` pixels of a row that the same taps reach, `step` elements apart: the sum over the taps of weight and
-  // dd, where h lies between 0 and 6 (everywhere when it is null). Adds to the sums [2][kPanel] of ge, of ge h.
-  template <int Taps>
-  static void gather(const T* const* dd, const V* w, const T* h, X* ge, int count, int64_t step, T* sums) {
-    constexpr int kColumns = 4;
-    V sum = Isa::load(sums), sum_h = Isa::load(sums + kPanel);
+  // Pixels of a row that the same taps reach, `step` elements apart, for one vector of channels.
+  struct Gathered {
+    const T *dd, *weight, *h;  // of the taps, [9][kLanes]
+    X* ge;
+    T* sums;          // [2][kPanel]: of ge, of ge h
+    T* gradient;      // [9][kPanel], of the taps; or null
+    bool gated;       // ge is 0 where h is not between 0 and 6
+    int64_t from[9];  // where in dd each tap leads from the first pixel
+    int tap[9];
+    int count;
+    int64_t step;
+  };
+
+  // ge, the sum over the taps of weight and dd; its sums; and where Weighed the gradients of the taps, the sums of dd
+  // and h, from the same loads.
+  template <int Taps, bool Weighed>
+  static void gather(const Gathered& g) {
+    // Of 32 registers 9 weights, 9 gradients, 4 accumulators, 4 of h and the sums; of 16 the gradients and one each.
+    constexpr int kColumns = Weighed && Isa::kRegisters < 32 ? 1 : 4;
+    V sum = Isa::load(g.sums), sum_h = Isa::load(g.sums + kPanel), w[Taps + 1], gradient[Taps + 1];
+    MNV2_UNROLL for (int i = 0; i < Taps; ++i) w[i] = Isa::load(g.weight + g.tap[i] * kLanes);
+    if constexpr (Weighed) {
+      MNV2_UNROLL for (int i = 0; i < Taps; ++i) gradient[i] = Isa::load(g.gradient + g.tap[i] * kPanel);
+    }
+    const T* h = g.h;
+    X* to = g.ge;
+    const int64_t step = g.step;
+    const bool gated = g.gated;
     const auto columns = [&](auto width, int j) __attribute__((always_inline)) {
-      V acc[width.value];
-      MNV2_UNROLL for (int c = 0; c < width.value; ++c) acc[c] = Isa::broadcast(T(0));
+      V acc[width.value], value[width.value];
+      MNV2_UNROLL for (int c = 0; c < width.value; ++c) {
+        acc[c] = Isa::broadcast(T(0));
+        value[c] = Isa::load(h + c * step);
+      }
       MNV2_UNROLL for (int i = 0; i < Taps; ++i) {
+        const T* from = g.dd + g.from[i] + int64_t(j) * kPanel;
         MNV2_UNROLL for (int c = 0; c < width.value; ++c) {
-          acc[c] = Isa::fmadd(Isa::load(dd[i] + int64_t(j + c) * kPanel), w[i], acc[c]);
+          const V dd = Isa::load(from + c * kPanel);
+          acc[c] = Isa::fmadd(dd, w[i], acc[c]);
+          if constexpr (Weighed) gradient[i] = Isa::fmadd(dd, value[c], gradient[i]);
         }
       }
       MNV2_UNROLL for (int c = 0; c < width.value; ++c) {
-        const int64_t at = (j + c) * step;
-        V g = acc[c];
-        if (h) {
-          const V value = Isa::load(h + at);
-          g = Isa::between(value, Isa::broadcast(T(0)), Isa::broadcast(T(6)), g);
-          sum_h = Isa::fmadd(g, value, sum_h);
+        V ge = acc[c];
+        if (gated) {
+          ge = Isa::between(value[c], Isa::broadcast(T(0)), Isa::broadcast(T(6)), ge);
+          sum_h = Isa::fmadd(ge, value[c], sum_h);
         }
-        sum = Isa::add(sum, g);
-        Isa::store(ge + at, g);
+        sum = Isa::add(sum, ge);
+        Isa::store(to + c * step, ge);
       }
+      h += width.value * step;
+      to += width.value * step;
     };
     int j = 0;
-    for (; j + kColumns <= count; j += kColumns) columns(typename F::template Count<kColumns>(), j);
-    for (; j < count; ++j) columns(typename F::template Count<1>(), j);
-    Isa::store(sums, sum);
-    Isa::store(sums + kPanel, sum_h);
+    for (; j + kColumns <= g.count; j += kColumns) columns(typename F::template Count<kColumns>(), j);
+    for (; j < g.count; ++j) columns(typename F::template Count<1>(), j);
+    Isa::store(g.sums, sum);
+    Isa::store(g.sums + kPanel, sum_h);
+    if constexpr (Weighed) {
+      MNV2_UNROLL for (int i = 0; i < Taps; ++i) Isa::store(g.gradient + g.tap[i] * kPanel, gradient[i]);
+    }
   }
 
-  using Gather = void (*)(const T* const*, const V*, const T*, X*, int, int64_t, T*);
-  static constexpr Gather kGather[10] = {gather<0>, gather<1>, gather<2>, gather<3>, gather<4>,
-                                         gather<5>, gather<6>, gather<7>, gather<8>, gather<9>};
+  template <bool Weighed>
+  static constexpr void (*kGather[10])(const Gathered&) = {
+      gather<0, Weighed>, gather<1, Weighed>, gather<2, Weighed>, gather<3, Weighed>, gather<4, Weighed>,
+      gather<5, Weighed>, gather<6, Weighed>, gather<7, Weighed>, gather<8, Weighed>, gather<9, Weighed>};
 
-  // Columns [x0, x1) of a row of ge, [x1 - x0][kPanel], for one vector of channels. h, from x0 on, is null where there
-  // is no expansion; what it holds does not matter where no output reads the row.
-  static void filter_back_row(const TrainingStep& t, const T* weight, const T* dd_ring, const T* h, X* ge, int row,
-                              int x0, int x1, T* sums) {
+  // Columns [x0, x1) of a row of ge, [x1 - x0][kPanel], as `all` says for the first vector of channels. h, from x0 on,
+  // does not matter where no output reads the row.
+  static void filter_back_row(const TrainingStep& t, const Gathered& all, int channels, int row, int x0, int x1) {
     const Step& s = t.step;
-    const int64_t dd_row = int64_t(t.d_row_length) * kPanel;
-    for (int first = x0; first < x0 + s.stride && first < x1; ++first) {  // columns that the same taps reach
-      const T* dd[9];
-      V w[9];
+    const int shift = s.stride - 1;  // strides are 1 and 2, and divisions slow
+    // Columns [first, end) with the taps of the first; or it alone, with those whose output exists.
+    const auto columns = [&](int first, int end, bool alone) {
+      Gathered g = all;
       int taps = 0;
       for (int ky = 0; ky < 3; ++ky) {
         const int y = row + s.pad_top - ky * s.dilation;
-        if (y < 0 || y % s.stride || y / s.stride >= s.out_height) continue;
+        if (y < 0 || y & shift || y >> shift >= s.out_height) continue;
+        const int64_t dd_row = int64_t((y >> shift) % t.d_ring_rows) * t.d_row_length + t.d_pad_left;
         for (int kx = 0; kx < 3; ++kx) {
-          const int x = first + s.pad_left - kx * s.dilation + t.d_pad_left * s.stride;  // never negative
-          if (x % s.stride) continue;
-          dd[taps] = dd_ring + y / s.stride % t.d_ring_rows * dd_row + int64_t(x / s.stride) * kPanel;
-          w[taps++] = Isa::load(weight + (ky * 3 + kx) * kLanes);
+          const int x = first + s.pad_left - kx * s.dilation;
+          if (x & shift || (alone && (x < 0 || x >> shift >= s.out_width))) continue;
+          g.from[taps] = (dd_row + (x >> shift)) * kPanel;
+          g.tap[taps++] = ky * 3 + kx;
         }
       }
-      const int64_t at = int64_t(first - x0) * kPanel;
-      kGather[taps](dd, w, h ? h + at : nullptr, ge + at, ceil_div(x1 - first, s.stride), int64_t(s.stride) * kPanel,
-                    sums);
+      g.h += int64_t(first - x0) * kPanel;
+      g.ge += int64_t(first - x0) * kPanel;
+      g.count = (end - first + shift) >> shift;
+      g.step = int64_t(s.stride) * kPanel;
+      const auto gathers = (g.gradient ? kGather<true> : kGather<false>)[taps];
+      for (int v = 0; v < channels; v += kLanes) {
+        gathers(g);
+        g.dd += kLanes;
+        g.weight += 9 * kLanes;
+        g.h += kLanes;
+        g.ge += kLanes;
+        g.sums += kLanes;
+        if (g.gradient) g.gradient += kLanes;
+      }
+    };
+    // The zeros beside the rows of dd add nothing to ge. Nor do they to the gradients, but where h is NaN.
+    int inner = x0, outer = x1;
+    if (all.gradient) {
+      inner = max(x0, min(x1, 2 * s.dilation - s.pad_left));
+      outer = max(inner, min(x1, (s.out_width - 1) * s.stride - s.pad_left + 1));
     }
+    for (int x = x0; x < inner; ++x) columns(x, x + 1, true);
+    for (int x = inner; x < inner + s.stride && x < outer; ++x) columns(x, outer, false);
+    for (int x = outer; x < x1; ++x) columns(x, x + 1, true);
   }
 
   // ----------------------------------------------------------------------------------------------------- moments
@@ -579,14 +631,12 @@ struct Training : Forward<Isa> {
     const int64_t ring_row = int64_t(s.row_length) * kPanel, dd_row = int64_t(t.d_row_length) * kPanel;
     const X *x = static_cast<const X*>(a.x), *dz = static_cast<const X*>(a.dz);
     const bool expands = s.source == Step::kExpand;
-    const bool back = a.dx || a.expand_gradient.rounded;                 // what ge is needed for
-    const bool below = back || a.depthwise_gradient.rounded != nullptr;  // what dd is needed for
+    const bool below = a.dx || a.expand_gradient.rounded || a.depthwise_gradient.rounded;  // what dd is needed for
     for (int64_t i = 0; i < s.ring_rows * ring_row; ++i) ring[i] = 0;
     for (int64_t i = 0; below && i < t.d_ring_rows * dd_row; ++i) dd[i] = 0;
 
     for (int c = 0; c < s.hidden_channels; c += kPanel) {
       const int channels = min(kPanel, s.hidden_channels - c), panel = c / kPanel;
-      const int width = ceil_div(channels, kLanes) * kLanes;
       const T* coefficients = static_cast<const T*>(a.coefficients) + int64_t(panel) * 6 * kPanel;
       const T* filters = static_cast<const T*>(a.depthwise) + int64_t(c) * 9;
       Sum expand(a.expand_gradient, panel), taps(a.depthwise_gradient, panel), project(a.project_gradient, panel);
@@ -633,7 +683,7 @@ struct Training : Forward<Isa> {
           const X* dz_rows = dz + (int64_t(o0) * s.out_width + first) * s.out_channels;
           X* kept_rows = kept + int64_t(first) * kPanel;
           project_back(t, dz_rows, static_cast<const T*>(a.project_back) + int64_t(c) * slots(s.out_channels),
-                       coefficients, a.batch,
+                       coefficients, a.g_sums, a.batch,
                        {d + int64_t(first) * kPanel, kept_rows, below ? dd : nullptr, nullptr, sums},
                        (o0 * s.out_width + first) % (t.d_ring_rows * s.out_width), now, channels);
           flush_sums();
@@ -642,30 +692,23 @@ struct Training : Forward<Isa> {
                    no_pixel, channels, now, project.to);
           project.added(now);
         });
-        for (int o = o0; taps.to && o < o1; ++o) {
-          for_pieces(s.out_width, [&](int first, int now) {
-            for (int v = 0; v < width; v += kLanes) {
-              for (int i = 0; i < 3; ++i) {
-                const int row = o * s.stride - s.pad_top + i * s.dilation;
-                rows[i * s.dilation] = row < 0 || row >= s.height ? zeros : ring + row % s.ring_rows * ring_row + v;
-              }
-              filter_gradient(s, rows, dd + o % t.d_ring_rows * dd_row + int64_t(t.d_pad_left + first) * kPanel + v,
-                              first, first + now, taps.to + v);
-            }
-            taps.added(now);
-          });
-        }
         const int complete = o1 == s.out_height ? s.height : max(0, min(s.height, o1 * s.stride - s.pad_top));
-        for (; back && emitted < complete; emitted = min(emitted + t.chunk_rows, complete)) {
+        for (; below && emitted < complete; emitted = min(emitted + t.chunk_rows, complete)) {
           const int end = min(emitted + t.chunk_rows, complete);
           for (int row = emitted; row < end; ++row) {
             for_pieces(s.width, [&](int first, int now) {
               const T* h = ring + row % s.ring_rows * ring_row + int64_t(s.pad_left + first) * kPanel;
               X* to = ge + (int64_t(row - emitted) * s.width + first) * kPanel;
-              for (int v = 0; v < width; v += kLanes) {
-                filter_back_row(t, filters + v * 9, dd + v, expands ? h + v : nullptr, to + v, row, first, first + now,
-                                sums + 2 * kPanel + v);
-              }
+              Gathered g{};
+              g.dd = dd;
+              g.weight = filters;
+              g.h = h;
+              g.ge = to;
+              g.sums = sums + 2 * kPanel;
+              g.gradient = taps.to;
+              g.gated = expands;
+              filter_back_row(t, g, channels, row, first, first + now);
+              if (taps.to) taps.added(now);
               if (now == kPixelsPerFlush) flush_sums();
             });
           }

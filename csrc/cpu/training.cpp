@@ -211,6 +211,7 @@ struct Runner {
     a.mean = pass.mean ? own<double>(worker, moments_offset) : nullptr;
     a.square = pass.mean ? a.mean + hidden : nullptr;
     a.sums = own<double>(worker, sums_offset);
+    a.g_sums = pass.g_sums;
     a.batch = through_statistics();
     const auto accumulator = [&](const Place& at) {
       if (!at.rows) return Accumulator{nullptr, nullptr, 0, 0};
