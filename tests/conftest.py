@@ -53,6 +53,12 @@ def float32_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return _force(request.param, monkeypatch)
 
 
+@pytest.fixture(params=[row for row in _ROWS if row.dtype == torch.bfloat16], ids=lambda row: row.name)
+def bfloat16_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each bfloat16 kernel row in turn, forced by MNV2_FUSED_KERNEL."""
+    return _force(request.param, monkeypatch).name
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """malloc hands out bytes 0xff, which are NaN in every float type: what is read before it is written shows."""

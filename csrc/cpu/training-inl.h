@@ -85,18 +85,18 @@ struct Training : Forward<Isa> {
     }
   };
 
-  // Of `count` pixels what is asked for: dd where there is a place for it, from ring pixel `first` on, around the end of
-  // the ring; relu6(u) and the sums, where `sums`.
-  static void project_back(const TrainingStep& t, const X* dz, const T* w, const T* coefficients, bool sums,
-                           bool batch, Backward out, int first, int count, int channels) {
+  // Of `count` pixels what is asked for: dd where there is a place for it, from ring pixel `first` on, around the end
+  // of the ring; relu6(u) and the sums, where `sums`.
+  static void project_back(const TrainingStep& t, const X* dz, const T* w, const T* coefficients, bool sums, bool batch,
+                           Backward out, int first, int count, int channels) {
     const X* segment[1] = {dz};
     Pixels pixels = {segment, 1, t.step.out_channels, 0, t.step.out_channels};
     if (!out.dd) {
       if (sums) F::template panel<ProjectBack<true, false, false>>(pixels, w, coefficients, out, count, channels);
       return;
     }
-    const auto below = sums ? batch ? F::template panel<ProjectBack<true, true, true>>
-                                    : F::template panel<ProjectBack<true, true, false>>
+    const auto below = sums    ? batch ? F::template panel<ProjectBack<true, true, true>>
+                                       : F::template panel<ProjectBack<true, true, false>>
                        : batch ? F::template panel<ProjectBack<false, true, true>>
                                : F::template panel<ProjectBack<false, true, false>>;
     const int ring_pixels = t.d_ring_rows * t.step.out_width;
@@ -171,12 +171,13 @@ struct Training : Forward<Isa> {
     } else {
       T* row = to;
       for (int i = 0; i < count; i += kSlot, row += channels) {
-        const X *first = x + int64_t(i) * channels, *second = i + 1 < count ? first + channels : zeros;
-        int c = 0;
-        for (; c + kLanes <= channels; c += kLanes) Isa::store(row + c, Isa::pairs(first + c, second + c));
-        if (c < channels) {
+        const X* first = x + int64_t(i) * channels;
+        const bool paired = i + 1 < count;
+        for (int c = 0; c < channels; c += kLanes) {
           const int left = channels - c;
-          Isa::store_n(row + c, Isa::pairs_n(first + c, i + 1 < count ? second + c : zeros, left), left);
+          const X *low = first + c, *high = paired ? low + channels : zeros;
+          left < kLanes ? Isa::store_n(row + c, Isa::pairs_n(low, high, left), left)
+                        : Isa::store(row + c, Isa::pairs(low, high));
         }
       }
       return to;
@@ -307,6 +308,25 @@ struct Training : Forward<Isa> {
     return left < kLanes ? Isa::load_n(from, left) : Isa::load(from);
   }
 
+  // body(i, sums) for i from 0 to `count`, each of which adds to `Sums` sums. So many i go side by side, each with sums
+  // of its own: one after the other they would wait for their additions.
+  template <int Sums, class Body>
+  static MNV2_INLINE void add_up(int count, V (&to)[Sums], const Body& body) {
+    constexpr int kSide = 4;
+    V side[kSide][Sums];
+    MNV2_UNROLL for (int j = 0; j < kSide; ++j) {
+      MNV2_UNROLL for (int n = 0; n < Sums; ++n) side[j][n] = Isa::broadcast(T(0));
+    }
+    int i = 0;
+    for (; i + kSide <= count; i += kSide) {
+      MNV2_UNROLL for (int j = 0; j < kSide; ++j) body(i + j, side[j]);
+    }
+    for (; i < count; ++i) body(i, side[0]);
+    MNV2_UNROLL for (int n = 0; n < Sums; ++n) {
+      to[n] = Isa::add(Isa::add(side[0][n], side[1][n]), Isa::add(side[2][n], side[3][n]));
+    }
+  }
+
   // Mean and sum of squared deviations of `count` pixels `stride` apart, merged into those of `before` values.
   // Deviations from their own mean: large means cost no precision.
   template <class Value>
@@ -314,18 +334,20 @@ struct Training : Forward<Isa> {
                             double* square) {
     for (int v = 0; v < channels; v += kLanes) {
       const int left = channels - v;
-      V sum = Isa::broadcast(T(0)), squares = Isa::broadcast(T(0)), rest = Isa::broadcast(T(0));
-      for (int i = 0; i < count; ++i) sum = Isa::add(sum, load_channels(d + i * stride + v, left));
-      const V center = Isa::mul(sum, Isa::broadcast(T(1) / T(count)));
-      for (int i = 0; i < count; ++i) {
+      V sum[1], moments[2];
+      add_up(count, sum, [&](int i, V* to) __attribute__((always_inline)) {
+        to[0] = Isa::add(to[0], load_channels(d + i * stride + v, left));
+      });
+      const V center = Isa::mul(sum[0], Isa::broadcast(T(1) / T(count)));
+      add_up(count, moments, [&](int i, V* to) __attribute__((always_inline)) {
         const V e = Isa::sub(load_channels(d + i * stride + v, left), center);
-        squares = Isa::fmadd(e, e, squares);
-        rest = Isa::add(rest, e);
-      }
+        to[0] = Isa::fmadd(e, e, to[0]);
+        to[1] = Isa::add(to[1], e);
+      });
       T centers[kLanes], rests[kLanes], local[kLanes];
       Isa::store(centers, center);
-      Isa::store(rests, rest);
-      Isa::store(local, squares);
+      Isa::store(rests, moments[1]);
+      Isa::store(local, moments[0]);
       for (int i = 0; i < min(kLanes, left); ++i) {
         const double offset = double(rests[i]) / count;  // what rounding left between the center and the mean
         merge(before, count, double(centers[i]) + offset, double(local[i]) - offset * offset * count, mean + v + i,
@@ -388,18 +410,18 @@ struct Training : Forward<Isa> {
           const X* from = x + int64_t(i) * channels + v;
           return left >= kLanes ? Isa::load(from) : left > 0 ? Isa::load_n(from, left) : Isa::broadcast(T(0));
         };
-        V sum = Isa::broadcast(T(0));
-        for (int i = 0; i < now; ++i) sum = Isa::add(sum, load(i));
+        V sum[1];
+        add_up(now, sum, [&](int i, V* to) __attribute__((always_inline)) { to[0] = Isa::add(to[0], load(i)); });
         T lanes[kLanes];
         if constexpr (kSlot > 1) {
-          Isa::store(lanes, sum);
+          Isa::store(lanes, sum[0]);
           for (int j = 0; j < kLanes; ++j) {
             center[v + j] = 0;
             rest[v + j] = double(lanes[j]) / now;
           }
           continue;
         }
-        const V c = Isa::mul(sum, Isa::broadcast(T(1) / T(now)));
+        const V c = Isa::mul(sum[0], Isa::broadcast(T(1) / T(now)));
         double left_over[kLanes] = {};
         for (int i = 0; i < now; ++i) {
           Isa::store(lanes, Isa::sub(load(i), c));
@@ -512,19 +534,19 @@ struct Training : Forward<Isa> {
       for (int v = 0; v < channels; v += kLanes) {
         const int left = channels - v;
         const V c = load_channels(center + v, left);
-        V sum = Isa::broadcast(T(0)), product = sum;
+        V found[2];  // of g and of g (b - center)
         const auto add = [&](const auto& gated) __attribute__((always_inline)) {
-          for (int i = 0; i < count; ++i) {
+          add_up(count, found, [&](int i, V* to) __attribute__((always_inline)) {
             const int64_t at = int64_t(i) * channels + v;
             const V value = load_channels(b + at, left), g = gated(load_channels(a + at, left), value);
-            sum = Isa::add(sum, g);
-            product = Isa::fmadd(g, Isa::sub(value, c), product);
-          }
+            to[0] = Isa::add(to[0], g);
+            to[1] = Isa::fmadd(g, Isa::sub(value, c), to[1]);
+          });
         };
         gate ? add(Gate(gate, v, channels)) : add([](V g, V) { return g; });
         T totals[2][kLanes];
-        Isa::store(totals[0], sum);
-        Isa::store(totals[1], product);
+        Isa::store(totals[0], found[0]);
+        Isa::store(totals[1], found[1]);
         for (int i = 0; i < min(kLanes, left); ++i) {
           sums[v + i] += double(totals[0][i]);
           sums[channels + v + i] += double(totals[1][i]);
