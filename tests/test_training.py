@@ -372,7 +372,11 @@ def test_every_op_is_sampled() -> None:
     assert registered == set(OPS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.exhaustive)], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
