@@ -164,21 +164,21 @@ def check_emulated(all_pairs: bool) -> None:
                 with Guarded(at_end) as memory:
                     assert torch.equal(usual, op(*map(memory.place, tensors), *options))
             if i % 2 == 0 and (all_pairs or (i // 2 + kind) % 2 == 0):
-                check_emulated_training(tensors, options)
+                check_training(torch.ops.mnv2_emulated, tensors, options)
 
 
-def check_emulated_training(tensors: list[Tensor | None], options: tuple[object, ...]) -> None:
-    """The passes over pixels, on the same block."""
-    run = torch.ops.mnv2_emulated
+def check_training(run: object, tensors: list[Tensor | None], options: tuple[object, ...]) -> None:
+    """The passes over pixels, on the same block, by the ops of a library."""
     x, we, be, wd, _, wp, _ = tensors
     (*geometry, _, _, tf32), hidden = options, wd.shape[0]
     z = run.inverted_residual(*tensors, *geometry, False, False, tf32)
-    table = torch.rand(6, hidden)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    table, rows = torch.rand(6, hidden, dtype=wide), torch.rand(6, x.shape[1], dtype=wide)
     calls = (
         (run.moments, (x,), (tf32,)),
         (run.channel_moments, (x,), ()),
-        (run.channel_products, (x, x.clone(), torch.rand(x.shape[1]), torch.rand(2, x.shape[1])), ()),
-        (run.affine, (x, x.clone(), torch.rand(3, x.shape[1]), None), (False,)),
+        (run.channel_products, (x, x.clone(), rows[0].clone(), rows[1:3].clone()), ()),
+        (run.affine, (x, x.clone(), rows[3:].clone(), None), (False,)),
         (run.filter_moments, (x, we, be, wd), (*geometry, tf32)),
         (run.block_gradients, (z, x, we, be, wd, wp, table), (*geometry, 31, tf32)),
     )
@@ -207,6 +207,12 @@ def main() -> None:
                 check_block(block, dtype, at_end, layout)
             print(block, at_end, "packed", flush=True)
             check_packed_block(block, dtype, at_end)
+        if i % 6 == 0:
+            tensors = [None if t is None else t.contiguous() for t in block.tensors(dtype)]
+            tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+            sides = (block.padding,) * 4 if isinstance(block.padding, int) else block.padding
+            print(block, "training", flush=True)
+            check_training(torch.ops.mnv2_fused, tensors, (block.stride, block.dilation, sides, False, False, False))
     torch.manual_seed(0)
     setting = [(1, 5, 1, 1), (6, 7, 2, 2), (3, 9, 1, 2)]
     with torch.inference_mode():
