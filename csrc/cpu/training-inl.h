@@ -145,6 +145,7 @@ struct Training : Forward<Isa> {
           }
         }
         a += a_stride;
+        asm volatile("" : "+r"(a));  // or GCC 12 reads two rows at once in plain C++, one of them beyond the end
         b += kRows * kPanel;
       }
       MNV2_UNROLL for (int m = 0; m < M; ++m) {
