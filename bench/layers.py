@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mnv2_fused import _C, MobileNetV2
-from mnv2_fused.benchmark import fma_peak
+from mnv2_fused.benchmark import SETTLE_SECONDS, fma_peak
 from mnv2_fused.ops import BLOCK, CONV3X3, LINEAR, POOL, Layer, selected_kernel
 from mnv2_fused.weights import random_model
 
@@ -40,6 +40,7 @@ def measure(model: MobileNetV2, x: torch.Tensor, rounds: int) -> dict:
     model(x)
     peaks, calls, whole = [], [], []
     for _ in range(rounds):
+        time.sleep(SETTLE_SECONDS)  # torch's idle threads spin, and would take from the peak
         peaks.append(fma_peak(kernel, threads))
         model(x)
         for _ in range(CALLS):
