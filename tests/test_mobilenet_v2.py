@@ -1,18 +1,14 @@
-"""MobileNetV2: torchvision's keys and rules, the fused network's values, packed weights that follow every change."""
+"""MobileNetV2: torchvision's keys and rules, the fused network's values, and where it must not run fused."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import io
 import json
-import pickle
-import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
-from mnv2_fused import InvertedResidual, MobileNetV2, mobilenet_v2, network
+from mnv2_fused import InvertedResidual, MobileNetV2, mobilenet_v2
 from mnv2_fused.mobilenet_v2 import make_divisible
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -329,307 +325,6 @@ def test_width_one_is_the_same_with_any_threads() -> None:
         assert torch.equal(fused(model, x[1:2]), one[1:2])
 
 
-# ------------------------------------------------------------------------- the packed weights follow every change
-
-
-def step(model: MobileNetV2, optimizer: torch.optim.Optimizer) -> None:
-    """A step in eval mode: the parameters change, the statistics do not."""
-    nn.functional.cross_entropy(model(images(4, 32, 32)), torch.arange(4)).backward()
-    optimizer.step()
-
-
-def in_place(model: MobileNetV2) -> None:
-    with torch.no_grad():
-        model.features[3].conv[0][0].weight.mul_(1.5)
-
-
-def in_inference_mode(model: MobileNetV2) -> None:
-    with torch.inference_mode():
-        model.features[3].conv[0][0].weight.mul_(1.5)
-
-
-def set_storage(model: MobileNetV2) -> None:
-    with torch.no_grad():
-        weight = model.features[3].conv[0][0].weight
-        weight.set_(weight * 1.5)
-
-
-def new_data(model: MobileNetV2) -> None:
-    weight = model.features[3].conv[0][0].weight
-    weight.data = weight.data * 1.5
-
-
-def swap_tensors(model: MobileNetV2) -> None:
-    weight = model.features[3].conv[0][0].weight
-    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 1.5))
-
-
-def new_parameter(model: MobileNetV2) -> None:
-    conv = model.features[3].conv[0][0]
-    conv.weight = nn.Parameter(conv.weight.detach() * 1.5)
-
-
-def new_buffer(model: MobileNetV2) -> None:
-    bn = model.features[6].conv[3]
-    bn.running_mean = bn.running_mean + 1
-
-
-def statistics_in_place(model: MobileNetV2) -> None:
-    model.features[6].conv[1][1].running_var.mul_(3)
-
-
-def epsilon(model: MobileNetV2) -> None:
-    model.features[9].conv[3].eps = 1.0
-
-
-def add_bias(model: MobileNetV2) -> None:
-    conv = model.features[2].conv[2]
-    conv.bias = nn.Parameter(torch.randn(conv.out_channels))
-
-
-def no_affine(model: MobileNetV2) -> None:
-    bn = model.features[2].conv[3]
-    bn.weight = bn.bias = None
-
-
-def channels_last(model: MobileNetV2) -> None:
-    model.to(memory_format=torch.channels_last)
-    in_place(model)
-
-
-def load(model: MobileNetV2) -> None:
-    model.load_state_dict(settled(seed=5).state_dict())
-
-
-def load_assigned(model: MobileNetV2) -> None:
-    model.load_state_dict(settled(seed=5).state_dict(), assign=True)
-
-
-def sgd(model: MobileNetV2) -> None:
-    step(model, torch.optim.SGD(model.parameters(), 1e-3, foreach=False))
-
-
-def sgd_foreach(model: MobileNetV2) -> None:
-    step(model, torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, foreach=True))
-
-
-def sgd_fused(model: MobileNetV2) -> None:
-    step(model, torch.optim.SGD(model.parameters(), 1e-3, fused=True))
-
-
-def adam_fused(model: MobileNetV2) -> None:
-    step(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True))
-
-
-def rmsprop(model: MobileNetV2) -> None:
-    step(model, torch.optim.RMSprop(model.parameters(), 1e-4))
-
-
-def training_epoch(model: MobileNetV2) -> None:
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    for _ in range(3):
-        nn.functional.cross_entropy(model(images(8, 96, 96)), torch.arange(8)).backward()
-        optimizer.step()
-    model.eval()
-
-
-def only_statistics(model: MobileNetV2) -> None:
-    model.train()
-    with torch.no_grad():
-        model(images(8, 64, 64) + 1)
-    model.eval()
-
-
-def new_linear(model: MobileNetV2) -> None:
-    model.classifier[1] = nn.Linear(1280, 10)
-
-
-def new_classifier(model: MobileNetV2) -> None:
-    model.classifier = nn.Sequential(nn.Linear(1280, 7, bias=False))
-
-
-def bare_linear(model: MobileNetV2) -> None:
-    model.classifier = nn.Linear(1280, 3)
-
-
-def reset(model: MobileNetV2) -> None:
-    model.reset_classifier(7)
-
-
-def reset_to_none(model: MobileNetV2) -> None:
-    model.reset_classifier(0)
-
-
-def new_block(model: MobileNetV2) -> None:
-    model.features[5] = settled(seed=9).features[5]
-
-
-def another_block(model: MobileNetV2) -> None:
-    model.features[5] = InvertedResidual(16, 16, 1, 3).eval()
-
-
-def fewer_blocks(model: MobileNetV2) -> None:
-    del model.features[5]
-
-
-def ema_swap(model: MobileNetV2) -> None:
-    average = torch.optim.swa_utils.AveragedModel(model)
-    average.update_parameters(settled(seed=4))
-    model.load_state_dict(average.module.state_dict())
-
-
-def kaiming(model: MobileNetV2) -> None:
-    nn.init.kaiming_normal_(model.features[4].conv[2].weight)
-
-
-CHANGES: tuple[Callable[[MobileNetV2], None], ...] = (
-    in_place, in_inference_mode, set_storage, new_data, swap_tensors, new_parameter, new_buffer, statistics_in_place,
-    epsilon, add_bias, no_affine, channels_last, load, load_assigned, sgd, sgd_foreach, sgd_fused, adam_fused, rmsprop,
-    training_epoch, only_statistics, new_linear, new_classifier, bare_linear, reset, reset_to_none, new_block,
-    another_block, fewer_blocks, ema_swap, kaiming,
-)  # fmt: skip
-
-
-@pytest.fixture(params=["direct", "plain"])
-def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changes are noticed by torch's and Python's insides, and where these are not as known by asking."""
-    monkeypatch.setattr(network._C, "Watch", partial(network._C.Watch, plain=request.param == "plain"))
-
-
-@pytest.mark.usefixtures("watch")
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_follows(change: Callable[[MobileNetV2], None]) -> None:
-    model, x = settled(), images(2, 32, 32)
-    before = check(model, x)
-    change(model)
-    after = check(model, x)
-    assert after.shape != before.shape or error(after, before) > 1e-3
-    with torch.no_grad():
-        features = model.forward_features(x)
-        model.fused = False
-        assert error(features, model.forward_features(x)) < TOLERANCE
-
-
-@pytest.mark.usefixtures("watch")
-def test_follows_every_tensor() -> None:
-    """Each parameter and statistic in turn, changed in place and put back."""
-    model, x = settled(), images(1, 32, 32)
-    before = fused(model, x)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not tensor.is_floating_point():
-            continue
-        with torch.no_grad():
-            saved = tensor.clone()
-            tensor.mul_(1.5).add_(0.1)
-            after = fused(model, x)
-            assert error(after, before) > 1e-4, name
-            tensor.copy_(saved)
-        assert torch.equal(fused(model, x), before), name
-
-
-def test_follows_every_epsilon() -> None:
-    model, x = settled(), images(1, 32, 32)
-    for name, bn in model.named_modules():
-        if isinstance(bn, nn.BatchNorm2d):
-            before = fused(model, x)
-            bn.eps = 0.5
-            assert error(fused(model, x), before) > 1e-4, name
-
-
-def test_follows_dtypes() -> None:
-    model, x = settled(), images(2, 40, 40)
-    before = check(model, x)
-    model.to(torch.float64)
-    assert error(fused(model, x.double()), plain(model, x)) < 1e-13
-    with pytest.raises(RuntimeError, match="(?i)float|double"):
-        model(x)
-    assert torch.equal(fused(model.float(), x), before)
-    model.bfloat16()
-    assert fused(model, x.bfloat16()).dtype == torch.bfloat16
-    with torch.no_grad():
-        assert "the input is torch.float32, the weights are torch.bfloat16" in model.why_not_fused(x)
-        model.half()
-        assert model.why_not_fused(x.half()) != ""
-        assert torch.equal(model(x.half()), plain(model, x, torch.float16))
-
-
-def test_follows_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = settled(), images(2, 40, 40)
-    for row in mnv2_fused.kernels():
-        if row.supported and row.dtype == torch.float32:
-            monkeypatch.setenv("MNV2_FUSED_KERNEL", row.name)
-            check(model, x)
-    for name in ("scalar_f64", "no_such_row"):
-        monkeypatch.setenv("MNV2_FUSED_KERNEL", name)
-        with pytest.raises(ValueError, match=name), torch.no_grad():
-            model(x)
-
-
-def test_copies_are_independent() -> None:
-    model, x = settled(), images(2, 32, 32)
-    before = fused(model, x)
-    saved = io.BytesIO()
-    torch.save(model, saved)
-    saved.seek(0)
-    copies = [
-        copy.deepcopy(model),
-        copy.copy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(saved, weights_only=False),
-    ]
-    for other in copies:
-        assert torch.equal(fused(other, x), before)
-    for other in (copies[0], *copies[2:]):  # copy.copy shares the modules
-        in_place(other)
-        assert error(check(other, x), before) > 1e-3
-        assert torch.equal(fused(model, x), before)
-    in_place(model)
-    for one in (model, copies[1]):
-        assert error(check(one, x), before) > 1e-3
-
-
-def test_pickle_holds_no_packed_weights() -> None:
-    model = settled()
-    size = len(pickle.dumps(model))
-    fused(model, images(1, 32, 32))
-    assert len(pickle.dumps(model)) == size
-
-
-def test_shared_blocks() -> None:
-    """A block that stands in two models: both follow it."""
-    one, two, x = settled(), settled(seed=1), images(1, 32, 32)
-    two.features[5] = one.features[5]
-    before = check(one, x), check(two, x)
-    with torch.no_grad():
-        one.features[5].conv[2].weight.mul_(3)
-    for model, y in zip((one, two), before, strict=True):
-        assert error(check(model, x), y) > 1e-3
-
-
-def test_model_made_in_inference_mode() -> None:
-    x = images(1, 32, 32)
-    with torch.inference_mode():
-        model = settled()
-        before = model(x)
-        assert torch.equal(model(x), before)
-        model.features[3].conv[0][0].weight.mul_(1.5)
-        assert error(model(x), before) > 1e-3
-    other = settled()
-    in_place(other)
-    with torch.inference_mode():
-        assert error(model(x), plain(other, x)) < TOLERANCE
-
-
-def test_functional_call() -> None:
-    model, other, x = settled(), settled(seed=1), images(1, 32, 32)
-    before = fused(model, x)
-    with torch.no_grad():
-        y = torch.func.functional_call(model, other.state_dict(), (x,))
-    assert error(y, plain(other, x)) < TOLERANCE
-    assert torch.equal(fused(model, x), before)
-
-
 # --------------------------------------------------------------------------------------- where it must not run fused
 
 
@@ -826,6 +521,15 @@ def test_unusual_networks_are_right(change: Callable[[MobileNetV2], None]) -> No
     assert error(after, right) < 2 * TOLERANCE and error(features, right_features) < 4 * TOLERANCE
 
 
+def test_a_replica() -> None:
+    """Of nn.DataParallel shares the packed weights of its original, and its parameters are no Parameters."""
+    replica = copy.copy(model := settled())
+    replica._is_replica = True
+    with torch.no_grad():
+        assert replica.why_not_fused(images(1, 32, 32)) == "a replica of nn.DataParallel"
+        assert model.why_not_fused(images(1, 32, 32)) == ""
+
+
 def test_one_norm_left_in_training() -> None:
     model, x = settled(), images(4, 32, 32)
     eval_logits = fused(model, x)
@@ -927,180 +631,7 @@ def test_tracing() -> None:
         assert error(torch.fx.symbolic_trace(model)(x), y) < TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------------ calls in a row
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Whom a call asked one thing after the other whether it can run fused, and not in one step."""
-    found: list[nn.Module] = []
-    prepare = network.FusedChain._prepare
-
-    def record(self: network.FusedChain, root: nn.Module, x: Tensor) -> Any:
-        found.append(root)
-        return prepare(self, root, x)
-
-    monkeypatch.setattr(network.FusedChain, "_prepare", record)
-    return found
-
-
-def no_grad_call(model: MobileNetV2, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def test_calls_in_a_row_ask_once(asked: list[nn.Module]) -> None:
-    """Whatever the batch and the size; and anew where the mode, the weights or hooks anywhere are others."""
-    model, x = settled(), images(2, 32, 32)
-    asked.clear()
-    calls = (x, x, images(3, 32, 32), images(1, 40, 56), x.contiguous(memory_format=torch.channels_last))
-    for given in calls:
-        assert error(no_grad_call(model, given), plain(model, given)) < TOLERANCE
-    assert asked == [model]
-    with torch.inference_mode():
-        y = model(x)
-        assert len(asked) == 2 and torch.equal(model(x), y) and len(asked) == 2
-    no_grad_call(model, x)
-    asked.clear()
-    with torch.no_grad():
-        model.classifier[1].bias.add_(1)
-    assert error(no_grad_call(model, x), y + 1) < TOLERANCE and error(no_grad_call(model, x), y + 1) < TOLERANCE
-    assert len(asked) == 1
-    nn.Linear(1, 1).register_forward_hook(print).remove()
-    no_grad_call(model, x), no_grad_call(model, x)
-    assert len(asked) == 2
-
-
-def autocast_call(model: MobileNetV2, x: Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).dtype == torch.bfloat16
-
-
-def gradient_call(model: MobileNetV2, x: Tensor) -> None:
-    with torch.enable_grad():
-        assert model(x).requires_grad
-
-
-def vmap_call(model: MobileNetV2, x: Tensor) -> None:
-    y = torch.vmap(model)(torch.stack([x, x + 1]))
-    assert error(y[:, 0], torch.cat([plain(model, x), plain(model, x + 1)])) < TOLERANCE
-
-
-def dual_call(model: MobileNetV2, x: Tensor) -> None:
-    with torch.autograd.forward_ad.dual_level(), torch.enable_grad():
-        model.requires_grad_(False)
-        y = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
-
-
-def traced_call(model: MobileNetV2, x: Tensor) -> None:
-    graph = str(torch.jit.trace(model, x, check_trace=False).inlined_graph)
-    assert "aten::_convolution" in graph and "mnv2_fused::" not in graph
-
-
-def compiled_call(model: MobileNetV2, x: Tensor) -> None:
-    torch._dynamo.reset()
-    assert error(torch.compile(model, backend="eager", fullgraph=True)(x), plain(model, x)) < TOLERANCE
-
-
-def hooked_call(model: MobileNetV2, x: Tensor) -> None:
-    fired = []
-    handle = model.features[3].register_forward_hook(lambda *_: fired.append(1))
-    model(x)
-    handle.remove()
-    assert fired == [1]
-
-
-def globally_hooked_call(model: MobileNetV2, x: Tensor) -> None:
-    fired = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.append(type(module)))
-    model(x)
-    handle.remove()
-    assert fired.count(nn.Conv2d) == 52
-
-
-def subclass_call(model: MobileNetV2, x: Tensor) -> None:
-    class Image(Tensor):
-        pass
-
-    assert type(model(x.as_subclass(Image))) is Image
-
-
-def meta_call(model: MobileNetV2, x: Tensor) -> None:
-    with pytest.raises(RuntimeError):
-        model(x.to("meta"))
-
-
-def double_call(model: MobileNetV2, x: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="(?i)float|double"):
-        model(x.double())
-
-
-def gray_call(model: MobileNetV2, x: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="channels"):
-        model(x[:, :1])
-
-
-def single_image_call(model: MobileNetV2, x: Tensor) -> None:
-    with pytest.raises((RuntimeError, ValueError)):
-        model(x[0])
-
-
-def empty_image_call(model: MobileNetV2, x: Tensor) -> None:
-    with pytest.raises(RuntimeError):
-        model(x[..., :0])
-
-
-def training_call(model: MobileNetV2, x: Tensor) -> None:
-    x = torch.cat([x, x + 1])
-    y = model.train()(x)
-    assert error(y, model.eval()(x)) > 1e-3  # statistics of the batch
-
-
-def unfused_call(model: MobileNetV2, x: Tensor) -> None:
-    model.fused = False
-    assert torch.equal(model(x), plain(model, x, torch.float32))
-
-
-def replica_call(model: MobileNetV2, x: Tensor) -> None:
-    replica = copy.copy(model)
-    replica._is_replica = True
-    assert replica.why_not_fused(x) == "a replica of nn.DataParallel"
-    assert error(replica(x), plain(model, x)) < TOLERANCE
-
-
-OTHER_CALLS = (
-    autocast_call, gradient_call, vmap_call, dual_call, traced_call, compiled_call, hooked_call, globally_hooked_call,
-    subclass_call, meta_call, double_call, gray_call, single_image_call, empty_image_call, training_call, unfused_call,
-    replica_call,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("call", OTHER_CALLS, ids=lambda call: call.__name__)
-def test_another_call_after_calls_in_a_row(asked: list[nn.Module], call: Callable[[MobileNetV2, Tensor], None]) -> None:
-    """Is not taken for one like them."""
-    model, x = settled(), images(1, 32, 32)
-    no_grad_call(model, x), no_grad_call(model, x)
-    asked.clear()
-    no_grad_call(model, x)
-    assert not asked
-    with torch.no_grad():
-        call(model, x)
-
-
-def test_calls_in_a_row_see_the_kernel(asked: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = settled(), images(1, 32, 32)
-    no_grad_call(model, x), no_grad_call(model, x)
-    asked.clear()
-    monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f32")
-    y = no_grad_call(model, x)
-    assert torch.equal(no_grad_call(model, x), y) and len(asked) == 1
-    monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f64")
-    with pytest.raises(ValueError, match="scalar_f64"):
-        no_grad_call(model, x)
-
-
-# ------------------------------------------------------------------------------------------------- errors and threads
+# ------------------------------------------------------------------------------------------------ errors, layers' times
 
 
 @pytest.mark.parametrize(
@@ -1133,25 +664,6 @@ def test_wrong_input(x: Any) -> None:
         with pytest.raises(right.type) as raised:
             model(x)
     assert str(raised.value)
-
-
-def test_python_threads() -> None:
-    """The first call after a change, and all others, from several Python threads at once."""
-    model, xs = settled(), [images(1, 32, 32), images(3, 40, 33), images(2, 65, 33)]
-    barrier = threading.Barrier(4)
-
-    def calls(first: int) -> list[tuple[int, Tensor]]:
-        barrier.wait()
-        order = [(first + i) % 3 for i in range(9)]
-        with torch.inference_mode():
-            return [(i, model(xs[i]).clone()) for i in order]
-
-    for _ in range(5):
-        in_place(model)
-        with ThreadPoolExecutor(4) as pool:
-            results = [pair for pairs in pool.map(calls, range(4)) for pair in pairs]
-        right = [check(model, x) for x in xs]
-        assert all(torch.equal(y, right[i]) for i, y in results)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
