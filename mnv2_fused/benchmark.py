@@ -36,6 +36,7 @@ from .tasks import NETWORKS, Inference, Training
 from .weights import random_model
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 TURN_SECONDS = 0.05  # a runner's turn in a round: short beside the seconds over which a machine's clock drifts
@@ -262,12 +263,8 @@ class Result:
             RuntimeError: matplotlib is not installed.
             ValueError: a file name that matplotlib knows no format for.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from None
         rows = [row for row in reversed(self.rows) if row.ms is not None]
-        figure = Figure(figsize=(8, 1.4 + 0.42 * len(rows)), layout="constrained")
+        figure = empty_figure(8, 1.4 + 0.42 * len(rows))
         axes = figure.subplots()
         colors = ["tab:green" if row.name == "fused" else "tab:gray" for row in rows]
         times = [row.ms for row in rows]
@@ -282,6 +279,19 @@ class Result:
         axes.set(xlabel="ms per image (median, quartiles)", title=self.title)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
+
+
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure to draw on, in inches.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def run(

@@ -171,12 +171,9 @@ class Grid:
             RuntimeError: matplotlib is not installed.
             ValueError: a file name that matplotlib knows no format for.
         """
-        try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import LogLocator, NullFormatter
-        except ImportError:
-            raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from None
-        figure = Figure(figsize=(max(9.0, 4.6 * len(self.found)), 9), layout="constrained")
+        figure = benchmark.empty_figure(max(9.0, 4.6 * len(self.found)), 9)
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         figure.suptitle(self.title)
         above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
         names = list(dict.fromkeys(row.name for entry in self.entries for row in entry.rows))
