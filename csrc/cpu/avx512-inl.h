@@ -10,6 +10,7 @@ struct Float32 {
   // 21 accumulators, 9 weights, the bias, an input: all 32 registers, 45 loads for 189 multiply-adds at stride 1.
   static constexpr int kDepthwiseRows = 3, kDepthwiseColumns = 7;
   static constexpr int kStreams = 4;
+  static constexpr int kLastSteps = 12, kLastPixels = 8;  // of multiply
   // 21 accumulators, 3 weight vectors and the broadcast pair of inputs.
   static constexpr bool kPairs = true;
   static constexpr int kPairsM = 7, kRegisters = 32;

@@ -20,6 +20,7 @@ struct Plain {
   static constexpr bool kPairs = false;
   static constexpr int kRegisters = 16;
   static constexpr int kStreams = 2;
+  static constexpr int kLastSteps = 0;
   static constexpr int kDoubles = 2, kDoublesM = 4, kDoublesN = 2;
 
   template <class F>
