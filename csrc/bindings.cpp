@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 
 #include "cpu/network.h"
@@ -69,6 +70,40 @@ double fma_peak(const std::string& name, double seconds) {
   return done / elapsed * 1e-9;
 }
 
+// (first channel, end, first row, end) of everything that each thread makes of a step: a block's hidden channels and
+// the rows of its output, or for a 1x1 output channels.
+using Piece = std::array<int64_t, 4>;
+py::list slices(const std::string& name, const std::vector<std::array<int64_t, Layer::kFields>>& plan, int64_t height,
+                int64_t width, int threads) {
+  const Kernel& kernel = kernel_named(name);
+  std::vector<Layer> layers;
+  for (const auto& f : plan) {
+    layers.push_back({f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], f[10], f[11], f[12]});
+  }
+  const Program program = schedule(kernel, layers, height, width);
+  py::list steps;
+  for (size_t i = 0; i < program.steps.size(); ++i) {
+    const Step& s = program.steps[i];
+    if (s.kind == Layer::kPool || s.kind == Layer::kLinear) continue;
+    std::vector<std::vector<Piece>> of_threads(threads);
+    for (int t = 0; t < threads; ++t) {
+      for (int g = 0; g < (s.kind == Layer::kBlock ? s.groups : 1); ++g) {
+        const Slice slice = slice_of(s, kernel.tiles, g, t, threads);
+        const int64_t panel = kernel.tiles.panel, out = s.out_channels, hidden = s.hidden_channels;
+        Piece piece = {0, out, slice.begin, slice.end};
+        if (s.kind == Layer::kPointwise) {
+          piece = {slice.begin * panel, std::min(slice.end * panel, out), 0, s.out_height};
+        } else if (s.kind == Layer::kBlock) {
+          piece = {group_panel(s, g) * panel, std::min(group_panel(s, g + 1) * panel, hidden), slice.begin, slice.end};
+        }
+        if (piece[0] < piece[1] && piece[2] < piece[3]) of_threads[t].push_back(piece);
+      }
+    }
+    steps.append(py::make_tuple(program.last_layer[i], of_threads));
+  }
+  return steps;
+}
+
 }  // namespace
 }  // namespace mnv2_fused
 
@@ -85,6 +120,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("fma_peak", fma_peak, py::arg("kernel"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
         "Multiply-adds of one thread in registers with a row's vectors, in 10^9 a second.");
+  m.def("slices", slices, py::arg("kernel"), py::arg("layers"), py::arg("height"), py::arg("width"), py::arg("threads"),
+        "How threads share one image, for each step before the mean: (last of the layers that it computes, of each "
+        "thread [(first channel, end, first row, end)]), hidden channels and output rows of a block.");
   py::class_<Watch>(m, "Watch", "Whether dictionaries hold the same objects, and tensors the same values, as now.")
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, bool>(), py::arg("dicts"),
            py::arg("sized"), py::arg("parameters"), py::arg("buffers"), py::arg("plain") = false)

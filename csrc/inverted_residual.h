@@ -60,11 +60,11 @@ struct Step {
   int64_t project_weight, project_bias;  // of the 1x1 head and of the classifier
 
   // The schedule. A stripe is the number of output rows computed at once; the rows of h that the next stripe needs
-  // again stay in a ring. Groups cut the hidden channels: the partial outputs of the groups are added in their order,
-  // whoever computes them, so that a result never depends on the number of threads.
+  // again stay in a ring. Groups cut the hidden channels, in panels: the partial outputs of the groups are added in
+  // their order, whoever computes them, so that a result never depends on the number of threads.
   int stripe, ring_rows, row_length;  // row_length: pixels of a ring row with its side padding
   bool whole;                         // one stripe holds all rows: the ring is needed for one panel at a time
-  int groups, group_channels, d_stride;
+  int groups, panels, d_stride;
   const int32_t* pixel_offsets;  // of each pixel of the ring rows, row-major, in elements; tile_m entries wrap around
 
   // In a worker's scratch (ring at 0). `sums` are of the groups so far, where y is narrower than they.
@@ -75,6 +75,10 @@ struct Step {
   int64_t constants, image_constants, pool_constants;  // offsets in the packed weights
   bool to_float;                                       // the mean is the result
 };
+
+// The first panel of a group: groups are as even as panels allow, and so is each half of them. Static, as the linker
+// must not share it between ISAs.
+static constexpr int group_panel(const Step& s, int group) { return s.panels * group / s.groups; }
 
 // The image as the caller has it, in elements.
 struct Image {
@@ -88,8 +92,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// To the nearest, of two as near to the even one; NaN stays NaN. Static, as the linker must not share it between ISAs.
-// Without a branch, for vectors.
+// To the nearest, of two as near to the even one; NaN stays NaN. Static too. Without a branch, for vectors.
 static inline BFloat16 round_to_bfloat16(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);

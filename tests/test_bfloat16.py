@@ -72,7 +72,7 @@ def test_bfloat16_as_initialised() -> None:
 def test_bfloat16_any_batch_and_threads(bfloat16_kernel: str) -> None:
     model, x = copy.deepcopy(settled_once()), images(5, 65, 33)
     alone = [autocast(model, x[i : i + 1]) for i in range(5)]
-    for threads in (1, 2, 3, 4, 7):
+    for threads in (1, 2, 3, 4, 7, 16):
         torch.set_num_threads(threads)
         assert torch.equal(autocast(model, x), torch.cat(alone)), threads
         assert torch.equal(autocast(model, x[1:2]), alone[1]), threads

@@ -194,9 +194,10 @@ def test_images_of_either_dtype(how: str) -> None:
         check_equal({**wide, "x": wide["x"].bfloat16()}, narrow)
 
 
-def test_same_bits_twice(bfloat16_kernel: str) -> None:
-    torch.set_num_threads(2)
-    model, x, dy = tiny(), randn(4, 3, 65, 60), randn(4, 5)
+@pytest.mark.parametrize("threads", [2, 7, 16])
+def test_same_bits_twice(bfloat16_kernel: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model, x, dy = tiny(), randn(threads + 2, 3, 65, 60), randn(threads + 2, 5)
     first = run(model, x, dy, "autocast")
     for _ in range(3):
         check_equal(run(model, x, dy, "autocast"), first)

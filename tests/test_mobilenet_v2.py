@@ -309,7 +309,7 @@ def test_an_image_is_the_same_alone_and_in_any_batch(
     model, x = settled(), images(5, *size)
     torch.set_num_threads(1)
     alone = torch.cat([fused(model, x[i : i + 1]) for i in range(5)])
-    for n in (1, 2, 3, 4, 7):
+    for n in (1, 2, 3, 4, 7, 16):
         torch.set_num_threads(n)
         for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [3, 3, 1], [2, 0], [1]):
             assert torch.equal(fused(model, x[order]), alone[order]), (n, order)
@@ -319,7 +319,7 @@ def test_width_one_is_the_same_with_any_threads() -> None:
     model, x = settled(1.0), images(3, 224, 224)
     torch.set_num_threads(1)
     one = fused(model, x)
-    for n in (2, 3, 4):
+    for n in (2, 3, 4, 7, 16):
         torch.set_num_threads(n)
         assert torch.equal(fused(model, x), one)
         assert torch.equal(fused(model, x[1:2]), one[1:2])

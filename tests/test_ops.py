@@ -391,7 +391,7 @@ def test_threads_change_no_bit(kernel: mnv2_fused.ops.Kernel, poisoned_memory: N
             tensors = block.tensors(kernel.dtype)
             torch.set_num_threads(1)
             one = run(block, tensors)
-            for n in (2, 3, 4, 7):
+            for n in (2, 3, 4, 7, 16):
                 torch.set_num_threads(n)
                 assert torch.equal(run(block, tensors), one), f"{n} threads: {block}"
 

@@ -252,7 +252,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[nn.Mod
         if row.dtype != torch.int8 or not row.supported:
             continue
         monkeypatch.setenv("MNV2_FUSED_KERNEL", row.name)
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 7, 16):
             torch.set_num_threads(threads)
             for batch in (1, 2, 4):  # an image alone on all threads, images on threads of their own, and both
                 check_equal(q(x[:batch]), expected[:batch], (row.name, threads, batch))

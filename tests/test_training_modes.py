@@ -360,23 +360,25 @@ def test_checkpoint(use_reentrant: bool) -> None:
     check(errors(*results, scales(model, x.detach(), results[1])), EXACT)
 
 
-def test_same_bits_twice() -> None:
-    torch.set_num_threads(2)
-    model, x = tiny(), torch.randn(4, 3, 65, 60)
+@pytest.mark.parametrize("threads", [2, 7, 16])
+def test_same_bits_twice(threads: int) -> None:
+    torch.set_num_threads(threads)
+    model, x = tiny(), torch.randn(threads + 2, 3, 65, 60)
     first = step(model, x, torch.float32, fused=True)
     for _ in range(3):
         check_equal(step(model, x, torch.float32, fused=True), first)
 
 
 def test_threads_agree(float32_kernel: mnv2_fused.ops.Kernel) -> None:
-    for case in (replace(USUAL, batch=3), SMALL[3]):
+    for case in (replace(USUAL, batch=3), replace(USUAL, batch=17), SMALL[3]):
         block, x = prepared(case)
         torch.set_num_threads(1)
         one = step(block, x, torch.float32, fused=True)
         scale = scales(block, x, step(block, x, fused=False))
-        torch.set_num_threads(2)
-        found = errors(step(block, x, torch.float32, fused=True), one, scale)
-        check(found, 4 * EPS * condition(block, x), case)
+        for n in (2, 7, 16):
+            torch.set_num_threads(n)
+            found = errors(step(block, x, torch.float32, fused=True), one, scale)
+            check(found, 4 * EPS * condition(block, x), (n, case))
 
 
 def train(model: MobileNetV2, steps: int, seed: int = 0) -> Results:

@@ -527,7 +527,7 @@ struct Forward {
 
     zero_sides(s, ring);
     for (int group = group0; group < group1; ++group) {
-      const int c0 = group * s.group_channels, c1 = min(c0 + s.group_channels, s.hidden_channels);
+      const int c0 = group_panel(s, group) * kPanel, c1 = min(group_panel(s, group + 1) * kPanel, s.hidden_channels);
       ImageRows image_rows(s, image, scratch + s.image_offset, zeros);
       int filled = 0;  // rows of h before this one are in the ring, or no longer needed
       for (int o0 = row0; o0 < row1; o0 += s.stripe) {
@@ -666,7 +666,7 @@ struct Forward {
   }
 
   static void zero_sides(const Step& s, T* ring) {
-    const int panels = s.whole ? 1 : ceil_div(s.group_channels, kPanel);
+    const int panels = s.whole ? 1 : s.panels;
     const V zero = Isa::broadcast(T(0));
     for (int64_t row = 0; row < int64_t(panels) * s.ring_rows; ++row) {
       T* h = ring + row * s.row_length * kPanel;

@@ -533,7 +533,7 @@ struct Int8 {
     const uint8_t** quads = reinterpret_cast<const uint8_t**>(scratch + s.rows_offset);
     const int x_stride = round_up(s.in_channels, 4), y_stride = round_up(s.out_channels, 4);
     const int64_t ring_quad = int64_t(s.row_length) * kPanel * 4, ring_panel = s.ring_rows * ring_quad;
-    const int c0 = group0 * s.group_channels, c1 = min(group1 * s.group_channels, s.hidden_channels);
+    const int c0 = group_panel(s, group0) * kPanel, c1 = min(group_panel(s, group1) * kPanel, s.hidden_channels);
     const int project_slots = ceil_div(s.hidden_channels, 4);
     const bool stem = s.source == Step::kStem;
     const int image_slots = 3 * ceil_div(s.image_channels, 4);

@@ -116,35 +116,40 @@ struct Runner {
         const int64_t size = program.flat ? (linear ? program.features : program.out_channels) : program.map_size();
         y = linear ? features + index * size * element : static_cast<char*>(call.y) + index * size * y_element;
       }
-      const auto cut = [&](int total, int slice) { return int(int64_t(total) * slice / slices); };
       switch (s.kind) {
         case Layer::kConv3x3:
           phase(slices, [&](int t) {
-            kernel.conv(s, call.packed, image, y, scratch(worker), zeros, cut(s.out_height, t),
-                        cut(s.out_height, t + 1));
+            const Slice rows = slice_of(s, kernel.tiles, 0, t, slices);
+            kernel.conv(s, call.packed, image, y, scratch(worker), zeros, rows.begin, rows.end);
           });
           break;
         case Layer::kBlock:
-          if (!shared || s.groups == 1) {
+          if (!shared) {
+            kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, 0, s.out_height, 0, s.groups, nullptr);
+            break;
+          }
+          phase(slices, [&](int t) {
+            for (int g = 0; g < s.groups; ++g) {
+              const Slice rows = slice_of(s, kernel.tiles, g, t, slices);
+              if (rows.begin == rows.end) continue;
+              const int64_t size = int64_t(s.out_height) * s.out_width * s.out_channels;
+              kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, rows.begin, rows.end, g, g + 1,
+                           s.groups > 1 ? partials + g * size * sum : nullptr);
+            }
+          });
+          if (s.groups > 1) {
             phase(slices, [&](int t) {
-              kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, cut(s.out_height, t),
-                           cut(s.out_height, t + 1), 0, s.groups, nullptr);
+              const int64_t pixels = int64_t(s.out_height) * s.out_width;
+              kernel.combine(s, call.packed, partials, x, y, int(pixels * t / slices), int(pixels * (t + 1) / slices));
             });
-          } else {
-            const int pixels = s.out_height * s.out_width;
-            phase(s.groups, [&](int g) {
-              kernel.block(s, call.packed, x, image, y, scratch(worker), zeros, 0, s.out_height, g, g + 1,
-                           partials + g * int64_t(pixels) * s.out_channels * sum);
-            });
-            phase(slices,
-                  [&](int t) { kernel.combine(s, call.packed, partials, x, y, cut(pixels, t), cut(pixels, t + 1)); });
           }
           break;
-        case Layer::kPointwise: {
-          const int panels = panel_count(s);
-          phase(slices, [&](int t) { kernel.pointwise(s, call.packed, x, y, cut(panels, t), cut(panels, t + 1)); });
+        case Layer::kPointwise:
+          phase(slices, [&](int t) {
+            const Slice panels = slice_of(s, kernel.tiles, 0, t, slices);
+            kernel.pointwise(s, call.packed, x, y, panels.begin, panels.end);
+          });
           break;
-        }
         case Layer::kPool:
           phase(1, [&](int) { kernel.pool(s, call.packed, x, y); });
           break;

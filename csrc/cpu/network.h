@@ -81,6 +81,15 @@ std::vector<int32_t> pixel_offsets(int64_t rows, int64_t row_length, int64_t lef
 // what the kernels count in 32 bits.
 Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t height, int64_t width);
 
+// How threads share a step of one image: each has one of `slices`. Of a dense 3x3 that is a run of output rows, of a
+// 1x1 a run of panels of output channels. The rows that a block's groups make are put one group after the other, as
+// wide as the group has panels, and cut into equal parts: a slice is some rows of one group or of several, here of one
+// and maybe none. Only where two slices meet within a group are the rows of h that both read computed twice.
+struct Slice {
+  int begin, end;
+};
+Slice slice_of(const Step& step, const Tiles& tiles, int group, int slice, int slices);
+
 // --- network.cpp
 
 struct Call {

@@ -7,9 +7,12 @@
 namespace mnv2_fused {
 namespace {
 
-// Up to this many pixels of h a block runs a whole plane at once, so that its weights, by then larger than the image,
-// are read once; and its hidden channels are cut into groups, which is what threads share where rows are few.
-constexpr int64_t kPlanePixels = 256;
+// Up to this many pixels of h a block runs a whole plane at once, so that its weights are read once; and its hidden
+// channels are cut into groups, which is what threads share where rows are few. At 24 x 24 pixels that was measured 4%
+// to 14% a block better than stripes, at 28 x 28 with few channels up to 6%.
+constexpr int64_t kPlanePixels = 784;
+// Of the int8 rows, which gained nothing from larger ones.
+constexpr int64_t kPlanePixels8 = 256;
 constexpr int64_t kMaxGroups = 4, kMinGroupChannels = 96;
 // A stripe's rows of one panel of h stay in cache between the expansion and the depthwise stage. More rows at once read
 // fewer of them twice: up to 160 KB, in L2, was measured better than what fits into L1 (112 wide: 8% and 4% a block).
@@ -99,6 +102,14 @@ struct Resolver {
     lay_out_scratch_s8(step, 0, 0, 0);
   }
 
+  // Runs it as a whole plane or by stripes; and cuts its hidden channels.
+  void cut(Step& step) const {
+    const int64_t pixels = int64_t(step.height) * step.width;
+    step.whole = step.source != Step::kStem && pixels <= (int8() ? kPlanePixels8 : kPlanePixels);
+    step.panels = int(ceil_div(step.hidden_channels, tiles.panel));
+    step.groups = step.whole ? int(std::clamp<int64_t>(step.hidden_channels / kMinGroupChannels, 1, kMaxGroups)) : 1;
+  }
+
   void block_s8(Step& step) {
     const int64_t panel = tiles.panel, hidden = step.hidden_channels;
     step.row_length = step.pad_left + step.width + step.pad_right;
@@ -109,19 +120,14 @@ struct Resolver {
     const auto quads = [&](int64_t stripe) { return ((stripe - 1) * stride + 2) / 4 + 1; };
     const int64_t rows = ceil_div(step.out_height, std::min<int64_t>(streams, step.out_height));
 
-    step.whole = step.source != Step::kStem && int64_t(step.height) * step.width <= kPlanePixels;
-    step.groups = 1;
+    cut(step);
     step.stripe = int(round_up(rows, 4));
-    if (step.whole) {
-      step.groups = int(std::clamp<int64_t>(hidden / kMinGroupChannels, 1, kMaxGroups));
-    } else {
+    if (!step.whole) {
       const int64_t least = 4 / stride;
       int64_t stripe = kMaxStripe;
       while (stripe > least && quads(stripe) * quad > kPanelBytes8) stripe -= least;
       step.stripe = int(std::min<int64_t>(stripe, step.stripe));
     }
-    step.group_channels = int(round_up(ceil_div(hidden, step.groups), panel));
-    step.groups = int(ceil_div(hidden, step.group_channels));
     step.ring_rows = int(quads(step.stripe));
     step.d_stride = int(round_up(hidden, tiles.lanes));
     if (step.d_stride % 1024 == 0) step.d_stride += 64;  // pixels would share cache sets
@@ -132,7 +138,7 @@ struct Resolver {
 
     check_count(quad);
     check_count(int64_t(step.out_height) * step.out_width);
-    const int64_t panels = step.whole ? 1 : ceil_div(hidden, panel);
+    const int64_t panels = step.whole ? 1 : step.panels;
     check_count(step.ring_rows * quad);
     lay_out_scratch_s8(step, panels * step.ring_rows * quad,
                        std::min<int64_t>(step.stripe, rows) * step.out_width * step.d_stride, step.ring_rows + 1);
@@ -150,28 +156,24 @@ struct Resolver {
     const int64_t reach = 2 * step.dilation + 1;
     const auto rows = [&](int64_t stripe) { return (stripe - 1) * step.stride + reach; };
 
-    step.whole = step.source != Step::kStem && int64_t(step.height) * step.width <= kPlanePixels;
-    step.groups = 1;
+    cut(step);
     step.stripe = step.out_height;
-    if (step.whole) {
-      step.groups = int(std::clamp<int64_t>(hidden / kMinGroupChannels, 1, kMaxGroups));
-    } else {
+    if (!step.whole) {
       const int64_t row_bytes = step.row_length * panel * element_size();
       step.stripe = kMaxStripe;
       while (step.stripe > 1 && rows(step.stripe) * row_bytes > kPanelBytes) --step.stripe;
       if (step.stripe > 1) step.stripe = step.stripe / 2 * 2;
       step.stripe = std::min(step.stripe, step.out_height);
     }
-    step.group_channels = int(round_up(ceil_div(hidden, step.groups), panel));
-    step.groups = int(ceil_div(hidden, step.group_channels));
     step.ring_rows = int(std::min<int64_t>(rows(step.stripe), step.height));
-    step.d_stride = int(round_up(std::min<int64_t>(step.group_channels, hidden), tiles.lanes));
+    const int64_t group_channels = ceil_div(step.panels, step.groups) * panel;
+    step.d_stride = int(round_up(std::min(group_channels, hidden), tiles.lanes));
     // Pixels would share cache sets.
     if (step.d_stride * element_size() / tiles.slot % 4096 == 0) step.d_stride += tiles.lanes;
 
     check_count(step.row_length * panel);
     check_count(int64_t(step.out_height) * step.out_width);
-    const int64_t panels = step.whole ? 1 : ceil_div(step.group_channels, panel);
+    const int64_t panels = step.whole ? 1 : step.panels;
     const int64_t ring = panels * step.ring_rows * step.row_length * panel;
     const int64_t d = int64_t(step.stripe) * step.out_width * step.d_stride;
     lay_out_scratch(step, ring, d, step.image_channels * 3 + 1 + rows(step.stripe));
@@ -188,6 +190,19 @@ struct Resolver {
 };
 
 }  // namespace
+
+Slice slice_of(const Step& s, const Tiles& tiles, int group, int slice, int slices) {
+  if (s.kind != Layer::kBlock) {
+    const int64_t total = s.kind == Layer::kConv3x3 ? s.out_height : ceil_div(s.out_channels, tiles.panel);
+    return {int(total * slice / slices), int(total * (slice + 1) / slices)};
+  }
+  const int64_t first = group_panel(s, group), panels = group_panel(s, group + 1) - first;
+  const auto nearest_row = [&](int64_t cut) {  // to the slice's end, which is a fraction of `slices`
+    const int64_t beyond = (s.panels * cut - first * slices) * s.out_height, row = panels * slices;
+    return int(std::clamp<int64_t>((2 * beyond + row) / (2 * row), 0, s.out_height));
+  };
+  return {nearest_row(slice), nearest_row(slice + 1)};
+}
 
 std::vector<int32_t> pixel_offsets(int64_t rows, int64_t row_length, int64_t left, int64_t width, const Tiles& tiles) {
   std::vector<int32_t> offsets;
