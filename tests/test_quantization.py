@@ -203,6 +203,15 @@ def test_many_images_share_the_classifier(int8_kernel: ops.Kernel) -> None:
         check_equal(quantized.run(layers, x), quantized.reference(layers, x), batch)
 
 
+def test_images_too_large_to_add_up(int8_kernel: ops.Kernel) -> None:
+    """A mean's sum of bytes has 32 bits: its last pixel, and one more."""
+    for layers in ([quantized.pool_layer(1)], [quantized.pointwise_layer(1, 3), quantized.pool_layer(3)]):
+        x = torch.full((1, 1, 1, (2**31 - 1) // 255), 255, dtype=torch.uint8)
+        check_equal(quantized.run(layers, x), quantized.reference(layers, x))
+        with pytest.raises(ValueError, match="sum of so many bytes"):
+            quantized.run(layers, F.pad(x, (0, 1)))
+
+
 def test_images_that_are_not_finite(int8_kernel: ops.Kernel) -> None:
     """NaN is the least byte, whatever its place in a vector; infinities saturate."""
     layers = [quantized.conv_layer(3, 20, 2, (1, 1, 1, 1)), quantized.pool_layer(20)]
