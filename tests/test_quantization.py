@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from blocks import Block, network_blocks
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import images, settle
 from quantized import check_equal
 from test_ops import KINDS, edge_blocks, random_blocks
@@ -85,21 +86,23 @@ def test_reference_is_the_definition() -> None:
     assert 0 < int((y == 0).sum()) + int((y == 255).sum()) < y.numel() and len(y.unique()) > 10
 
 
-def check_block(block: Block) -> None:
-    layers, x = [quantized.block_layer(block)], quantized.block_input(block)
+def check_block(block: Block, numbers: str = "usual") -> None:
+    layers, x = [quantized.block_layer(block, numbers=numbers)], quantized.block_input(block)
     before = x.clone()
-    check_equal(quantized.run(layers, x), quantized.reference(layers, x), block)
+    y = quantized.run(layers, x)
+    check_equal(y, quantized.exact_block(layers[0], x), (block, numbers))
+    check_equal(y, quantized.reference(layers, x), (block, numbers))
     assert torch.equal(x, before), f"x was written to: {block}"
 
 
 @pytest.mark.parametrize(
-    ("examples", "limit"), [(60, 1_000_000), pytest.param(2000, 10_000_000, marks=pytest.mark.exhaustive)]
+    ("examples", "limit"), [(100, 1_000_000), pytest.param(2000, 10_000_000, marks=pytest.mark.exhaustive)]
 )
 def test_random_blocks(int8_kernel: ops.Kernel, poisoned_memory: None, examples: int, limit: int) -> None:
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
-    @given(random_blocks(limit))
-    def check_one(block: Block) -> None:
-        check_block(block)
+    @given(random_blocks(limit), st.sampled_from([*quantized.NUMBERS]))
+    def check_one(block: Block, numbers: str) -> None:
+        check_block(block, numbers)
 
     check_one()
 
@@ -163,6 +166,33 @@ def test_ends_of_the_range(int8_kernel: ops.Kernel) -> None:
         check_equal(quantized.run([q], x), quantized.reference([q], x))
 
 
+def test_products_and_sums_are_rounded_one_by_one(int8_kernel: ops.Kernel) -> None:
+    """Outputs beside the middle between two bytes, where another order, or a rounding less, gives another byte."""
+    channels, random = 64, torch.Generator().manual_seed(0)
+    ratio, offset, multiplier = (torch.tensor(value) for value in (0.7310585, 57.61172, 3.0517579e-05))
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, channels, 1, 1)
+    weight = torch.zeros(channels, channels, 1, 1, dtype=torch.int8)
+    nothing = quantization.Convolution(
+        torch.zeros(channels, 1, 3, 3, dtype=torch.int8), torch.zeros(channels, dtype=torch.int32), torch.ones(channels)
+    )
+    layer = ops.Layer(ops.BLOCK, channels, channels, channels, 1, 1, 1, 1, 1, 1, 0, 1, 0)
+    other_order = other_rounding = 0
+    for _ in range(20):
+        middle = torch.randint(0, 255, (channels,), generator=random) + 0.5
+        byte = torch.randint(0, 256, (channels,), generator=random)
+        bias = ((middle - byte * ratio.double() - offset) / multiplier.double()).round()
+        bias = bias + torch.randint(-1, 2, (channels,), generator=random)
+        project = quantization.Convolution(weight, bias.to(torch.int32), multiplier.repeat(channels))
+        q = quantized.QuantizedLayer(layer, False, (nothing, project), torch.tensor([0.0, ratio, offset, 0.0]), ())
+        y = quantized.exact_block(q, x)
+        check_equal(quantized.run([q], x), y)
+        t, product = (bias.float() * multiplier).view(1, -1, 1, 1), x.float() * ratio
+        once = (t.double() + x.double() * ratio.double()).float()
+        other_order += int(((t + offset) + product).round().clamp(0, 255).ne(y).sum())
+        other_rounding += int((once + offset).round().clamp(0, 255).ne(y).sum())
+    assert min(other_order, other_rounding) > 4, "these numbers tell nothing apart"
+
+
 def chains() -> list[tuple[list[quantized.QuantizedLayer], tuple[int, int]]]:
     q = quantized
     stem, block = q.conv_layer(3, 33, 2, (1, 1, 1, 1)), Block(33, 33, 20, 1, 1, expand=False)
@@ -201,6 +231,23 @@ def test_many_images_share_the_classifier(int8_kernel: ops.Kernel) -> None:
     for batch in (0, 1, 13, 14, 15, 31):
         x = images(40, 5, 6)[:batch]
         check_equal(quantized.run(layers, x), quantized.reference(layers, x), batch)
+
+
+def test_pixels_are_rounded_twice(int8_kernel: ops.Kernel) -> None:
+    """Pixels beside the middle between two bytes, in whole vectors and in the rest of a row."""
+    layers = [quantized.conv_layer(3, 20, 1, (1, 1, 1, 1)), quantized.pool_layer(20)]
+    inverse, zero = torch.tensor(37.313434), torch.tensor(100.0)
+    layers[0] = layers[0]._replace(constants=torch.tensor([inverse, zero, 0.0, 0.0]))
+    random = torch.Generator().manual_seed(0)
+    for width in (7, 16, 21):
+        middle = torch.randint(1, 254, (1, 3, 200, width), generator=random) + 0.5
+        x = ((middle - zero) / inverse.double()).float()
+        x = torch.nextafter(x, torch.where(torch.rand(x.shape, generator=random) < 0.5, x, -x))
+        once = (x.double() * inverse.double() + zero).float()
+        assert int((once.round() != (x * inverse + zero).round()).sum()) > 4, "these numbers tell nothing apart"
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            found, right = (f(layers[:1], layout) for f in (quantized.run, quantized.reference))
+            check_equal(found, right, width)
 
 
 def test_images_too_large_to_add_up(int8_kernel: ops.Kernel) -> None:
