@@ -363,6 +363,40 @@ def test_calibration() -> None:
                 assert all(r.scale <= 6 / 255 * 1.0001 and r.zero_point == 0 for r in layer.ranges[:-1])
 
 
+def test_range_of_percentile() -> None:
+    """On both sides where both have values, to a bin; and 0 is one of the steps."""
+    x = torch.cat([torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + 0.5, torch.tensor([-30.0, 50.0])])
+    for values, percentile in ((x, 99.5), (x, 90.0), (x.abs(), 99.0), (-x.abs(), 99.0)):
+        histogram = quantization._Histogram()
+        for part in values.split(70_000):
+            histogram.stretch(part)
+        for part in values.split(70_000):
+            histogram.count(part)
+        found = histogram.range("percentile", percentile)
+        share = torch.tensor([1 - percentile / 100, percentile / 100])
+        low, high = values.sort().values[(share * (len(values) - 1)).long()].tolist()
+        step = (histogram.high - histogram.low) / 4096
+        assert -found.zero_point * found.scale == pytest.approx(min(low, 0.0), abs=step + found.scale / 2)
+        assert (255 - found.zero_point) * found.scale == pytest.approx(max(high, 0.0), abs=step + found.scale / 2)
+    assert quantization._range_of(-0.999, 2.0) == (2.999 / 255, 85)  # 84.94
+
+
+def test_range_of_the_least_error() -> None:
+    """The best of all shares of the whole range, here of a third: few values are far away from many."""
+    histogram = quantization._Histogram()
+    histogram.stretch(torch.tensor([-20.0, 20.0]))
+    centers = (torch.arange(4096, dtype=torch.float64) + 0.5) * 40 / 4096 - 20
+    histogram.counts += (-centers.square() / 2).exp() + 1e-9
+    errors = {}
+    for i in range(100, 0, -1):
+        scale = 0.4 * i / 255
+        rounded = ((centers / scale + 128).round().clamp(0, 255) - 128) * scale
+        errors[i] = float((histogram.counts * (rounded - centers).square()).sum())
+    best = min(errors, key=lambda i: errors[i])
+    found = histogram.range("mse", 0)
+    assert 10 < best < 50 and found == (pytest.approx(0.4 * best / 255), 128)
+
+
 def test_a_channel_of_nothing() -> None:
     """Dead channels, which pruning and training leave: weights of 0, with and without a bias."""
     model = copy.deepcopy(small())
@@ -370,12 +404,26 @@ def test_a_channel_of_nothing() -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight[::3] = 0
+                module.weight[1::3] *= 1e-9  # far below their biases
                 module.bias[::6] = 0
         model.features[3].conv[0][1].bias.fill_(-9)  # and a block that gives nothing but its biases
     x = images(8, 33, 40)
     q = quantize(model, [x])
     check_equal(q(x), q.reference(x))
     assert quantization.report(q, model, x).rows[-1].snr_db > 15
+
+
+def test_sums_fit_into_32_bits() -> None:
+    """What the kernels round is below 2^31, however small the output's scale; more products than fit are an error."""
+    x, bias = quantization.Range(0.02, 100), torch.tensor([5.0, -1e-3], dtype=torch.float64)
+    weight = torch.linspace(-1, 1, 128, dtype=torch.float64).view(2, 64)
+    c = quantization._convolution(weight, bias, x, 1e-12, per_channel=True)
+    largest = 255 * c.weight.double().abs().sum(1) + c.bias.double().abs()
+    assert 1 << 29 < float((largest * c.multiplier).max()) < 1.001 * (1 << 30)
+    wide = torch.ones(1, 70_000, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a sum of 70000 products does not fit into 32 bits"):
+        quantization._convolution(wide, bias[:1], x, 1.0, per_channel=True)
+    quantization._convolution(wide[:, :60_000], bias[:1], x._replace(zero_point=0), 1.0, per_channel=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
