@@ -341,6 +341,11 @@ def test_report() -> None:
         "7.mean",
         "8.linear",
     ]
+    with torch.no_grad():
+        for row, (name, r, y) in zip(found.rows, small_int8().reference_tensors(images(4, 33, 40)), strict=True):
+            ends = torch.zeros(()) if r is None else (y == 255) | (y == 0 if r.zero_point else y > 255)
+            assert row.name == name and row.saturated == pytest.approx(float(ends.double().mean())), name
+    assert any(row.zero_point and row.saturated for row in found.rows)
     lines = str(found).splitlines()
     assert len(lines) == 1 + len(names) and all(line.startswith(n) for line, n in zip(lines[1:], names, strict=True))
     with pytest.raises(ValueError, match="other layers"):
@@ -437,7 +442,9 @@ def test_file(tmp_path: Path) -> None:
     assert loaded.image == q.image and [a.ranges for a in loaded.layers] == [b.ranges for b in q.layers]
     assert (tmp_path / "model.safetensors").stat().st_size < 1.2 * sum(p.numel() for p in small().parameters()) + 40_000
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        size = len(pickle.dumps(other))
         check_equal(other(x), q(x))
+        assert len(pickle.dumps(other)) == size, "packed weights are not kept"
 
 
 def _too_much(t: dict[str, Tensor]) -> None:
@@ -460,6 +467,12 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "layer": (lambda t: t["2.layer"].fill_(1 << 40), "2.layer"),
     "kind": (lambda t: t["8.layer"].fill_(0), "8"),
     "ranges": (lambda t: t["2.ranges"].fill_(0), "scales and zero points"),
+    "zero points": (lambda t: t["2.ranges"][:, 1:].fill_(256), "scales and zero points"),
+    "a fraction": (lambda t: t["2.constants"][:1].fill_(3.5), "no zero point"),
+    "before ReLU6": (lambda t: t["0.constants"][2:3].fill_(5), "a zero point before ReLU6's"),
+    "flags": (lambda t: t["1.layer"][12:13].fill_(2), "1.layer has flags beside 0 and 1"),
+    "hidden": (lambda t: t["1.layer"][2:3].fill_(9), "1.layer"),
+    "no layers": (lambda t: [t.pop(name) for name in [*t] if name.endswith(".layer")], "0 layers"),
     "format": (lambda t: t["format"].fill_(2), "version"),
     "nothing": (lambda t: t.clear(), "state dict|tensors"),
 }
@@ -476,6 +489,14 @@ def test_bad_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(WeightsError, match=message) as error:
         QuantizedModel.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parts_of_a_model_are_no_file(tmp_path: Path) -> None:
+    q, path = small_int8(), tmp_path / "model.safetensors"
+    for layers, message in ((q.layers[1:], "the first layer is no 3x3"), (q.layers[:-2], "the last layer is neither")):
+        QuantizedModel(layers, q.image).save(path)
+        with pytest.raises(WeightsError, match=message):
+            QuantizedModel.load(path)
 
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
@@ -510,7 +531,12 @@ def test_models_that_cannot_be_quantised() -> None:
     x = images(2, 33, 40)
     hooked = copy.deepcopy(small())
     hooked.features[2].conv[1].register_forward_hook(lambda *_: None)
+    partly, wide = copy.deepcopy(small()), copy.deepcopy(small())
+    partly.features[3].conv[1][1].train()
+    wide.features[3].conv[1][1].running_var.data = wide.features[3].conv[1][1].running_var.double()
     cases: list[tuple[nn.Module, type[Exception], str]] = [
+        (partly, ValueError, "training mode"),
+        (wide, ValueError, "float32 on the CPU"),
         (copy.deepcopy(small()).train(), ValueError, "training mode"),
         (copy.deepcopy(small()).double(), ValueError, "float32 on the CPU"),
         (nn.Conv2d(3, 4, 3), TypeError, "not a Conv2d"),
@@ -533,6 +559,7 @@ def test_arguments() -> None:
         ([[1]], {}, "got list"),
         ([x], {"method": "best"}, "mse, percentile, max"),
         ([x], {"percentile": 10}, "above 50"),
+        ([x], {"percentile": 100.5}, "at most 100"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize(small(), batches, **options)
@@ -543,6 +570,8 @@ def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (x.double(), x[0], x[:, :1], x.to(torch.uint8)):
         with pytest.raises(ValueError, match="images must be float32"):
             q(wrong)
+    with pytest.raises(ValueError, match="images must have pixels"):
+        q(x[:, :, :0])
     with pytest.raises(ValueError, match="gradients"):
         q(x.clone().requires_grad_())
     with torch.no_grad():
@@ -625,6 +654,28 @@ def test_qat_passes_gradients_through_rounding() -> None:
     qat.lows[0], qat.highs[0] = -1, 1
     qat.eval()._round("image", x).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_qat_ranges() -> None:
+    """Those of the first batch, then moving averages; 0 is always within."""
+    qat = prepare_qat(copy.deepcopy(small()), averaging=0.25).train()
+    x = images(8, 33, 40)
+    qat(x)
+    assert (qat.lows[0], qat.highs[0]) == (x.min(), x.max())
+    qat(3 * x)
+    assert float(qat.highs[0]) == pytest.approx(1.5 * float(x.max()))
+    for sign in (1, -1):
+        qat = prepare_qat(copy.deepcopy(small())).train()
+        qat(sign * (x.abs() + 1))
+        ends = qat.lows if sign > 0 else qat.highs
+        assert ends[0] == 0
+
+
+def test_qat_of_a_channel_of_nothing() -> None:
+    model = copy.deepcopy(small())
+    with torch.no_grad():
+        model.features[2].conv[0][1].weight[::3] = 0
+    assert prepare_qat(model).train()(images(8, 33, 40)).isfinite().all()
 
 
 def test_qat_errors() -> None:
