@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,19 @@ def test_multiply_adds_are_the_papers():
     assert logits.dtype == torch.float64 and round(macs / 1e6, 2) == 300.77  # per image
 
 
+def test_exact_results_leave_the_threads_as_they_were(small):
+    model, images = small
+    torch.set_num_threads(2)
+    tasks.Inference.exact(model, (images,))
+    assert torch.get_num_threads() == 2
+
+
+def test_memory_is_counted_beside_input_and_the_small_image():
+    row = Row("any", "1")
+    tasks.Inference.measure_memory(row, _Says((90_000_000, 20_000_000)), _Says((50_000_000, 5_000_000)))
+    assert (row.resident_mb, row.memory_mb, row.error) == (90, 25, "")
+
+
 def test_dictionary_is_json(result):
     report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert report["options"] | SMALL == report["options"]
@@ -279,6 +293,97 @@ def test_table(result):
     text = console.file.getvalue()
     assert "MobileNetV2 0.35/32, float32, batch 2, 1 thread" in text and "FMA peak" in text
     assert all(name in text for name in TORCH_RUNNERS) and f"{result['eager'].ms:.2f}" in text
+
+
+class _Turns:
+    """In place of a worker: the seconds of the calls of each turn, then an error."""
+
+    def __init__(self, name: str, turns: list[list[float]], asked: list[str]) -> None:
+        self.name, self.turns, self.asked = name, turns, asked
+
+    def ask(self, command: str) -> tuple[Any, str]:
+        assert command == "time"
+        self.asked.append(self.name)
+        return (self.turns.pop(0), "") if self.turns else (None, "its process ended")
+
+
+def test_times_are_medians_and_quartiles_of_all_calls(monkeypatch):
+    peaks = [100.0, 300.0, 110.0, 120.0]
+    monkeypatch.setattr(benchmark, "fma_peak", lambda kernel, threads: peaks.pop(0))
+    options = Options(batch=2, threads=1, seconds=0.0, rounds=3)
+    fused, eager = Row("fused", "1"), Row("eager", "1")
+    result = benchmark.Result(options, [fused, eager], 300_000_000, "scalar_f32")
+    asked: list[str] = []
+    turns = _Turns("fused", [[0.001, 0.010], [0.003, 0.004], [0.002]], asked), _Turns("eager", [[0.006]], asked)
+    told: list[float] = []
+    benchmark._time(result, [*zip(result.rows, turns, strict=True)], told.append)
+    assert (fused.q1_ms, fused.ms, fused.q3_ms, fused.calls) == pytest.approx((1.0, 1.5, 2.0, 5))
+    assert fused.images_per_second == pytest.approx(1e3 / 1.5)
+    assert result.peak_gmacs == 115 and not peaks and result.rounds == 3
+    assert fused.gmacs == pytest.approx(200) and fused.share_of_peak == pytest.approx(200 / 115)
+    assert eager.error == "its process ended" and eager.ms is None and asked.count("eager") == 2
+    assert told == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_the_order_of_turns_changes():
+    asked: list[str] = []
+    rows = [Row(name, "1") for name in "abc"]
+    timed = [(row, _Turns(row.name, [[0.1]] * 20, asked)) for row in rows]
+    result = benchmark.Result(Options(threads=1, seconds=0.0, rounds=20), rows, None, "scalar_f32")
+    benchmark._time(result, timed, lambda fraction: None)
+    rounds = {"".join(asked[i : i + 3]) for i in range(0, 60, 3)}
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(rounds) > 3
+
+
+def test_a_turn_does_not_count_its_first_call(monkeypatch):
+    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
+    clock = iter([0.0, 0.0, 5.0, 6.0])  # the end of the turn, a call's start and end, a look at the clock
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    called: list[int] = []
+    assert benchmark._turn(lambda: called.append(1)) == [5.0] and len(called) == 2
+
+
+def test_rows_are_compared_with_what_was_measured():
+    def row(name: str, ms: float | None, memory_mb: float | None) -> Row:
+        return Row(name, "1", ms=ms, memory_mb=memory_mb)
+
+    for fused, other, found in (
+        (row("fused", 2.0, 4.0), row("eager", 3.0, 6.0), (1.5, 1.5)),
+        (row("fused", 2.0, -0.5), row("eager", 3.0, 6.0), (1.5, None)),
+        (row("fused", 2.0, 4.0), row("eager", None, None), (None, None)),
+        (row("fused", None, 4.0), row("eager", 3.0, 6.0), (None, None)),
+    ):
+        benchmark._compare([fused, other])
+        assert (other.slower, other.heavier) == found
+
+
+def test_times_that_spread_are_remarked():
+    said = []
+    for q3 in (1.2, 1.3):
+        row = Row("fused", "1", ms=1.1, q1_ms=1.0, q3_ms=q3)
+        console = Console(file=io.StringIO(), width=160)
+        console.print(benchmark.Result(Options(threads=1), [row], None, "scalar_f32").table())
+        said.append("spread widely" in console.file.getvalue())
+    assert said == [False, True]
+
+
+def test_the_peak_is_of_all_threads(monkeypatch):
+    monkeypatch.setattr(benchmark, "_C", SimpleNamespace(fma_peak=lambda kernel, seconds: 7.0))
+    assert benchmark.fma_peak("scalar_f32", 3) == 21
+
+
+def test_a_forced_kernel_computes(small, monkeypatch):
+    """A worker's numbers are those of the row, to the bit."""
+    model, images = small
+    options = benchmark._complete(Options(**SMALL, memory=False, kernel="scalar_f32"))
+    with benchmark._workers(list(peers.RUNNERS[:1]), options, model, (images,)) as ((worker,), _):
+        assert worker.error() == ""
+        found, _ = worker.ask("answer")
+    with torch.no_grad():
+        usual = model(images)
+        monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f32")
+        assert torch.equal(found, model(images))
+    assert mnv2_fused.kernels()[0].supported is False or not torch.equal(found, usual)
 
 
 @pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
@@ -305,6 +410,8 @@ def test_given_model_and_images_are_used_and_left_as_they_were(small):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"images must be float32 \[1, 3, 32, 32\], got .* \[2, 3, 32, 32\]"):
         benchmark.run(Options(**SMALL), model, images.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="images must be float32 .*, got torch.float64"):
+        benchmark.run(Options(**SMALL), model, images.double())
 
 
 def test_another_network_is_timed_at_its_own_size():
@@ -571,6 +678,25 @@ def test_a_wrong_step_is_not_timed(step, word, factor, said):
     assert re.match(said, row.error) and row.error.endswith("not timed")
 
 
+@pytest.mark.parametrize(
+    "eager, found, accepted",
+    [(1e-4, 0.09, True), (1e-4, 0.11, False), (0.03, 0.29, True), (0.03, 0.31, False), (0.2, 0.49, True),
+     (0.2, 0.51, False)],
+)  # fmt: skip
+def test_what_gradients_may_be_off_by(eager, found, accepted):
+    """A floor where eager was lucky, ten times its error, and in no case half of their norm."""
+    names = [f"gradient of {name}" for name in "abc"] + ["loss", "running_mean"]
+    exact = tasks.ExactStep(
+        {name: torch.ones(4, dtype=torch.float64) for name in names},
+        {name: eager for name in names},
+        tasks.STEP_LIMITS["float32"],
+    )
+    answer = {name: np.ones(4) * (1 + found * name.startswith("gradient")) for name in names}
+    row = Row("any", "1")
+    tasks.Training.verify(row, _Says(answer), exact)
+    assert row.relative_error == pytest.approx(found) and (row.error == "") == accepted
+
+
 def test_a_step_without_a_gradient_or_with_statistics_updated_twice_is_not_timed(step):
     row = Row("wrong", "1")
     found = take(TRAINERS["eager"], step)
@@ -643,6 +769,7 @@ def test_a_runner_that_is_asked_for_by_its_name_and_is_not_here_is_an_error():
 @pytest.mark.parametrize(
     "options, message",
     [
+        (dict(batch=None), "batch must be a whole number of at least 1, got None"),
         (dict(batch=0), "batch must be a whole number of at least 1, got 0"),
         (dict(threads=0), "threads must be"),
         (dict(resolution=1.5), "resolution must be"),
@@ -665,6 +792,10 @@ def test_a_runner_that_is_asked_for_by_its_name_and_is_not_here_is_an_error():
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+def test_one_image_of_several_values_trains():
+    assert Options(train=True, batch=1, resolution=33).batch == 1
 
 
 def test_a_kernel_that_the_cpu_lacks_is_refused(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from networks import SIZES, WIDTHS, error, fused, images, plain, settled
 from torch import Tensor, nn
 
-from mnv2_fused import InvertedResidual, MobileNetV2
+from mnv2_fused import InvertedResidual, MobileNetV2, ops
 
 
 def autocast(model: nn.Module, x: Tensor) -> Tensor:
@@ -58,6 +58,24 @@ def test_bfloat16(bfloat16_kernel: str, size: tuple[int, int]) -> None:
 def test_bfloat16_widths(bfloat16_kernel: str, width: float) -> None:
     for size in SIZES[1:]:
         check_bfloat16(copy.deepcopy(settled_once(width)), images(4, *size))
+
+
+def test_rounding_is_to_the_nearest_even(bfloat16_kernel: str) -> None:
+    """A block that gives its last biases, which are float32: beside the middle between two bfloat16 and on it."""
+    random = torch.Generator().manual_seed(0)
+    high = torch.randint(0x80, 0x7F80, (2000,), generator=random)  # no denormals, which the kernels take for 0
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = ((high[:, None] << 16) | low).flatten()
+    bits = torch.cat([bits, torch.tensor([0x7F800000, 0x7FC00000, 0x7FFFFFFF])])  # infinity, NaN, the last NaN
+    bias = bits.to(torch.int32).view(torch.float32)
+    bias = torch.cat([bias, -bias])
+    layer = ops.Layer(ops.BLOCK, 1, 1, len(bias), 1, 1, 1, 1, 1, 1)
+    plan = ops.make_plan([layer], torch.bfloat16)
+    packed = torch.ops.mnv2_fused.pack(torch.cat([torch.zeros(10 + len(bias)), bias]), plan)
+    y = torch.ops.mnv2_fused.network(torch.zeros(1, 1, 3, 5, dtype=torch.bfloat16), packed, plan)
+    right = bias.bfloat16()
+    assert 0 < int((right.float() == bias).sum()) < len(bias) / 2
+    torch.testing.assert_close(y, right[:, None, None].expand(1, -1, 3, 5), rtol=0, atol=0, equal_nan=True)
 
 
 def test_bfloat16_as_initialised() -> None:

@@ -57,6 +57,7 @@ def test_rows_are_the_papers(runs):
     assert {(o.runners, o.threads, o.seconds, o.memory, o.batch) for o in runs} == {
         (("fused", *PEERS), 1, 3.0, False, 1)
     }
+    assert {(e.tolerance, e.peak_gmacs) for e in entries} == {(1e-3, 100.0)}
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[0][1] == "row 1 of 66, 1.4/224 float32: timing"
     assert told[-1][1].startswith("row 66 of 66, 0.35/96 int8, about ") and told[-1][1].endswith(" min left: timing")
@@ -70,7 +71,8 @@ def test_summary_names_the_rows_where_fused_is_not_the_fastest(runs):
         "float32: fused is the fastest in 22 of 22 rows; the fastest peer takes 1.50 times as long"
     )
     assert "it is not" not in float32 + bfloat16
-    assert "fastest in 20 of 22 rows" in int8 and "at least 0.50 times (ncnn, 0.35/128)" in int8
+    assert "fastest in 20 of 22 rows; the fastest peer takes 1.36 times as long (geometric mean)" in int8
+    assert "at least 0.50 times (ncnn, 0.35/128)" in int8
     assert int8.endswith("it is not at 0.35/128 (ncnn, 0.50 times), 0.35/96 (ncnn, 0.50 times)")
     console = Console(file=io.StringIO(), width=160)
     console.print(result.table())
@@ -78,6 +80,23 @@ def test_summary_names_the_rows_where_fused_is_not_the_fastest(runs):
     assert "the paper's 22 networks, batch 1, 1 thread" in said and said.count("0.50x") == 2
     assert "bfloat16: imaginary is left out: it knows no such numbers" in said
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_as_fast_as_a_peer_is_not_slower():
+    rows = [_row("fused", 2.0), _row("ncnn", 2.0), _row("openvino", None, "no")]
+    entry = grid.Entry(1.0, 224, "int8", 1, None, 1e-3, {}, rows)
+    (line,) = grid.Grid(Options(), ("int8",), [entry]).summary()
+    assert entry.ratio == 1 and "fastest in 1 of 1 rows" in line and "it is not" not in line
+
+
+def test_minutes_left_are_of_the_rows_not_done(runs, monkeypatch):
+    """A row takes a minute here."""
+    monkeypatch.setattr(grid.time, "monotonic", lambda: 60.0 * len(runs))
+    told: list[str] = []
+    grid.run(Options(threads=1), progress=lambda done, description: told.append(description))
+    assert "left" not in told[0] and "row 2 of 66" in told[1]
+    # What is told in the middle of a row was reckoned at its beginning.
+    assert [text.split("about ")[1].split(":")[0] for text in (told[1], told[-1])] == ["65 min left", "1 min left"]
 
 
 def test_runners_are_those_that_can(runs):
@@ -111,19 +130,37 @@ def test_an_interrupted_run_goes_on(runs, tmp_path, monkeypatch):
     assert len(runs) == 30 + 37 and third.summary() == second.summary()
 
 
-def test_rows_of_another_run_are_refused(runs, tmp_path):
+def test_rows_of_another_run_are_refused(runs, tmp_path, monkeypatch):
     path = tmp_path / "grid.json"
     grid.run(Options(threads=1), ("int8",), path)
     with pytest.raises(ValueError, match=r"grid.json is of another options: .*'threads': 1.*, not .*'threads': 2"):
         grid.run(Options(threads=2), ("int8",), path)
+    for other in (dict(seconds=3.0), dict(rounds=9), dict(runners=("ncnn",)), dict(batch=2), dict(kernel="scalar_s8")):
+        with pytest.raises(ValueError, match="grid.json is of another options"):
+            grid.run(Options(threads=1, **{"dtype": "int8"} | other), ("int8",), path)
     report = json.loads(path.read_text())
     path.write_text(json.dumps(report | {"machine": {"cpu": "of somebody else"}}))
     with pytest.raises(ValueError, match="grid.json is of another machine: "):
         grid.run(Options(threads=1), ("int8",), path)
+    path.write_text(json.dumps(report))
+    for module, name in ((grid, "__version__"), (grid.torch, "__version__")):
+        with monkeypatch.context() as context, pytest.raises(ValueError, match="grid.json is of another versions"):
+            context.setattr(module, name, "0.0")
+            grid.run(Options(threads=1), ("int8",), path)
     for text in "", "[]", "{}", json.dumps(report | {"rows": [{"width": 1}]}):
         path.write_text(text)
         with pytest.raises(ValueError, match="grid.json holds no grid"):
             grid.run(Options(threads=1), ("int8",), path)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(runs, tmp_path, monkeypatch):
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        grid.run(Options(threads=1), path=tmp_path / "grid.json")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("dtypes", [benchmark.DTYPES, ("bfloat16",)])

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from blocks import Block, network_blocks
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import images, settle
 from quantized import check_equal
 from test_ops import KINDS, edge_blocks, random_blocks
@@ -85,21 +86,23 @@ def test_reference_is_the_definition() -> None:
     assert 0 < int((y == 0).sum()) + int((y == 255).sum()) < y.numel() and len(y.unique()) > 10
 
 
-def check_block(block: Block) -> None:
-    layers, x = [quantized.block_layer(block)], quantized.block_input(block)
+def check_block(block: Block, numbers: str = "usual") -> None:
+    layers, x = [quantized.block_layer(block, numbers=numbers)], quantized.block_input(block)
     before = x.clone()
-    check_equal(quantized.run(layers, x), quantized.reference(layers, x), block)
+    y = quantized.run(layers, x)
+    check_equal(y, quantized.exact_block(layers[0], x), (block, numbers))
+    check_equal(y, quantized.reference(layers, x), (block, numbers))
     assert torch.equal(x, before), f"x was written to: {block}"
 
 
 @pytest.mark.parametrize(
-    ("examples", "limit"), [(60, 1_000_000), pytest.param(2000, 10_000_000, marks=pytest.mark.exhaustive)]
+    ("examples", "limit"), [(100, 1_000_000), pytest.param(2000, 10_000_000, marks=pytest.mark.exhaustive)]
 )
 def test_random_blocks(int8_kernel: ops.Kernel, poisoned_memory: None, examples: int, limit: int) -> None:
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
-    @given(random_blocks(limit))
-    def check_one(block: Block) -> None:
-        check_block(block)
+    @given(random_blocks(limit), st.sampled_from([*quantized.NUMBERS]))
+    def check_one(block: Block, numbers: str) -> None:
+        check_block(block, numbers)
 
     check_one()
 
@@ -163,6 +166,33 @@ def test_ends_of_the_range(int8_kernel: ops.Kernel) -> None:
         check_equal(quantized.run([q], x), quantized.reference([q], x))
 
 
+def test_products_and_sums_are_rounded_one_by_one(int8_kernel: ops.Kernel) -> None:
+    """Outputs beside the middle between two bytes, where another order, or a rounding less, gives another byte."""
+    channels, random = 64, torch.Generator().manual_seed(0)
+    ratio, offset, multiplier = (torch.tensor(value) for value in (0.7310585, 57.61172, 3.0517579e-05))
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, channels, 1, 1)
+    weight = torch.zeros(channels, channels, 1, 1, dtype=torch.int8)
+    nothing = quantization.Convolution(
+        torch.zeros(channels, 1, 3, 3, dtype=torch.int8), torch.zeros(channels, dtype=torch.int32), torch.ones(channels)
+    )
+    layer = ops.Layer(ops.BLOCK, channels, channels, channels, 1, 1, 1, 1, 1, 1, 0, 1, 0)
+    other_order = other_rounding = 0
+    for _ in range(20):
+        middle = torch.randint(0, 255, (channels,), generator=random) + 0.5
+        byte = torch.randint(0, 256, (channels,), generator=random)
+        bias = ((middle - byte * ratio.double() - offset) / multiplier.double()).round()
+        bias = bias + torch.randint(-1, 2, (channels,), generator=random)
+        project = quantization.Convolution(weight, bias.to(torch.int32), multiplier.repeat(channels))
+        q = quantized.QuantizedLayer(layer, False, (nothing, project), torch.tensor([0.0, ratio, offset, 0.0]), ())
+        y = quantized.exact_block(q, x)
+        check_equal(quantized.run([q], x), y)
+        t, product = (bias.float() * multiplier).view(1, -1, 1, 1), x.float() * ratio
+        once = (t.double() + x.double() * ratio.double()).float()
+        other_order += int(((t + offset) + product).round().clamp(0, 255).ne(y).sum())
+        other_rounding += int((once + offset).round().clamp(0, 255).ne(y).sum())
+    assert min(other_order, other_rounding) > 4, "these numbers tell nothing apart"
+
+
 def chains() -> list[tuple[list[quantized.QuantizedLayer], tuple[int, int]]]:
     q = quantized
     stem, block = q.conv_layer(3, 33, 2, (1, 1, 1, 1)), Block(33, 33, 20, 1, 1, expand=False)
@@ -201,6 +231,32 @@ def test_many_images_share_the_classifier(int8_kernel: ops.Kernel) -> None:
     for batch in (0, 1, 13, 14, 15, 31):
         x = images(40, 5, 6)[:batch]
         check_equal(quantized.run(layers, x), quantized.reference(layers, x), batch)
+
+
+def test_pixels_are_rounded_twice(int8_kernel: ops.Kernel) -> None:
+    """Pixels beside the middle between two bytes, in whole vectors and in the rest of a row."""
+    layers = [quantized.conv_layer(3, 20, 1, (1, 1, 1, 1)), quantized.pool_layer(20)]
+    inverse, zero = torch.tensor(37.313434), torch.tensor(100.0)
+    layers[0] = layers[0]._replace(constants=torch.tensor([inverse, zero, 0.0, 0.0]))
+    random = torch.Generator().manual_seed(0)
+    for width in (7, 16, 21):
+        middle = torch.randint(1, 254, (1, 3, 200, width), generator=random) + 0.5
+        x = ((middle - zero) / inverse.double()).float()
+        x = torch.nextafter(x, torch.where(torch.rand(x.shape, generator=random) < 0.5, x, -x))
+        once = (x.double() * inverse.double() + zero).float()
+        assert int((once.round() != (x * inverse + zero).round()).sum()) > 4, "these numbers tell nothing apart"
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            found, right = (f(layers[:1], layout) for f in (quantized.run, quantized.reference))
+            check_equal(found, right, width)
+
+
+def test_images_too_large_to_add_up(int8_kernel: ops.Kernel) -> None:
+    """A mean's sum of bytes has 32 bits: its last pixel, and one more."""
+    for layers in ([quantized.pool_layer(1)], [quantized.pointwise_layer(1, 3), quantized.pool_layer(3)]):
+        x = torch.full((1, 1, 1, (2**31 - 1) // 255), 255, dtype=torch.uint8)
+        check_equal(quantized.run(layers, x), quantized.reference(layers, x))
+        with pytest.raises(ValueError, match="sum of so many bytes"):
+            quantized.run(layers, F.pad(x, (0, 1)))
 
 
 def test_images_that_are_not_finite(int8_kernel: ops.Kernel) -> None:
@@ -285,6 +341,11 @@ def test_report() -> None:
         "7.mean",
         "8.linear",
     ]
+    with torch.no_grad():
+        for row, (name, r, y) in zip(found.rows, small_int8().reference_tensors(images(4, 33, 40)), strict=True):
+            ends = torch.zeros(()) if r is None else (y == 255) | (y == 0 if r.zero_point else y > 255)
+            assert row.name == name and row.saturated == pytest.approx(float(ends.double().mean())), name
+    assert any(row.zero_point and row.saturated for row in found.rows)
     lines = str(found).splitlines()
     assert len(lines) == 1 + len(names) and all(line.startswith(n) for line, n in zip(lines[1:], names, strict=True))
     with pytest.raises(ValueError, match="other layers"):
@@ -307,6 +368,40 @@ def test_calibration() -> None:
                 assert all(r.scale <= 6 / 255 * 1.0001 and r.zero_point == 0 for r in layer.ranges[:-1])
 
 
+def test_range_of_percentile() -> None:
+    """On both sides where both have values, to a bin; and 0 is one of the steps."""
+    x = torch.cat([torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + 0.5, torch.tensor([-30.0, 50.0])])
+    for values, percentile in ((x, 99.5), (x, 90.0), (x.abs(), 99.0), (-x.abs(), 99.0)):
+        histogram = quantization._Histogram()
+        for part in values.split(70_000):
+            histogram.stretch(part)
+        for part in values.split(70_000):
+            histogram.count(part)
+        found = histogram.range("percentile", percentile)
+        share = torch.tensor([1 - percentile / 100, percentile / 100])
+        low, high = values.sort().values[(share * (len(values) - 1)).long()].tolist()
+        step = (histogram.high - histogram.low) / 4096
+        assert -found.zero_point * found.scale == pytest.approx(min(low, 0.0), abs=step + found.scale / 2)
+        assert (255 - found.zero_point) * found.scale == pytest.approx(max(high, 0.0), abs=step + found.scale / 2)
+    assert quantization._range_of(-0.999, 2.0) == (2.999 / 255, 85)  # 84.94
+
+
+def test_range_of_the_least_error() -> None:
+    """The best of all shares of the whole range, here of a third: few values are far away from many."""
+    histogram = quantization._Histogram()
+    histogram.stretch(torch.tensor([-20.0, 20.0]))
+    centers = (torch.arange(4096, dtype=torch.float64) + 0.5) * 40 / 4096 - 20
+    histogram.counts += (-centers.square() / 2).exp() + 1e-9
+    errors = {}
+    for i in range(100, 0, -1):
+        scale = 0.4 * i / 255
+        rounded = ((centers / scale + 128).round().clamp(0, 255) - 128) * scale
+        errors[i] = float((histogram.counts * (rounded - centers).square()).sum())
+    best = min(errors, key=lambda i: errors[i])
+    found = histogram.range("mse", 0)
+    assert 10 < best < 50 and found == (pytest.approx(0.4 * best / 255), 128)
+
+
 def test_a_channel_of_nothing() -> None:
     """Dead channels, which pruning and training leave: weights of 0, with and without a bias."""
     model = copy.deepcopy(small())
@@ -314,12 +409,26 @@ def test_a_channel_of_nothing() -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight[::3] = 0
+                module.weight[1::3] *= 1e-9  # far below their biases
                 module.bias[::6] = 0
         model.features[3].conv[0][1].bias.fill_(-9)  # and a block that gives nothing but its biases
     x = images(8, 33, 40)
     q = quantize(model, [x])
     check_equal(q(x), q.reference(x))
     assert quantization.report(q, model, x).rows[-1].snr_db > 15
+
+
+def test_sums_fit_into_32_bits() -> None:
+    """What the kernels round is below 2^31, however small the output's scale; more products than fit are an error."""
+    x, bias = quantization.Range(0.02, 100), torch.tensor([5.0, -1e-3], dtype=torch.float64)
+    weight = torch.linspace(-1, 1, 128, dtype=torch.float64).view(2, 64)
+    c = quantization._convolution(weight, bias, x, 1e-12, per_channel=True)
+    largest = 255 * c.weight.double().abs().sum(1) + c.bias.double().abs()
+    assert 1 << 29 < float((largest * c.multiplier).max()) < 1.001 * (1 << 30)
+    wide = torch.ones(1, 70_000, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a sum of 70000 products does not fit into 32 bits"):
+        quantization._convolution(wide, bias[:1], x, 1.0, per_channel=True)
+    quantization._convolution(wide[:, :60_000], bias[:1], x._replace(zero_point=0), 1.0, per_channel=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -333,7 +442,9 @@ def test_file(tmp_path: Path) -> None:
     assert loaded.image == q.image and [a.ranges for a in loaded.layers] == [b.ranges for b in q.layers]
     assert (tmp_path / "model.safetensors").stat().st_size < 1.2 * sum(p.numel() for p in small().parameters()) + 40_000
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        size = len(pickle.dumps(other))
         check_equal(other(x), q(x))
+        assert len(pickle.dumps(other)) == size, "packed weights are not kept"
 
 
 def _too_much(t: dict[str, Tensor]) -> None:
@@ -349,10 +460,19 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "negative": (lambda t: t["2.expand.multiplier"].fill_(-1), "multiplier is too large or negative"),
     "large": (lambda t: t["2.expand.multiplier"].fill_(1e9), "multiplier is too large or negative"),
     "sums": (_too_much, "do not fit into 32 bits"),
+    "offset": (lambda t: t["2.constants"].fill_(1 << 20), "2.constants are too large"),
+    "offset of the 3x3": (lambda t: t["0.constants"][2:].fill_(1e12), "0.constants are too large"),
+    "factor of the mean": (lambda t: t["7.constants"][1:2].fill_(1e12), "7.constants are too large"),
     "zero": (lambda t: t["2.constants"].fill_(300), "no zero point"),
     "layer": (lambda t: t["2.layer"].fill_(1 << 40), "2.layer"),
     "kind": (lambda t: t["8.layer"].fill_(0), "8"),
     "ranges": (lambda t: t["2.ranges"].fill_(0), "scales and zero points"),
+    "zero points": (lambda t: t["2.ranges"][:, 1:].fill_(256), "scales and zero points"),
+    "a fraction": (lambda t: t["2.constants"][:1].fill_(3.5), "no zero point"),
+    "before ReLU6": (lambda t: t["0.constants"][2:3].fill_(5), "a zero point before ReLU6's"),
+    "flags": (lambda t: t["1.layer"][12:13].fill_(2), "1.layer has flags beside 0 and 1"),
+    "hidden": (lambda t: t["1.layer"][2:3].fill_(9), "1.layer"),
+    "no layers": (lambda t: [t.pop(name) for name in [*t] if name.endswith(".layer")], "0 layers"),
     "format": (lambda t: t["format"].fill_(2), "version"),
     "nothing": (lambda t: t.clear(), "state dict|tensors"),
 }
@@ -369,6 +489,14 @@ def test_bad_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(WeightsError, match=message) as error:
         QuantizedModel.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parts_of_a_model_are_no_file(tmp_path: Path) -> None:
+    q, path = small_int8(), tmp_path / "model.safetensors"
+    for layers, message in ((q.layers[1:], "the first layer is no 3x3"), (q.layers[:-2], "the last layer is neither")):
+        QuantizedModel(layers, q.image).save(path)
+        with pytest.raises(WeightsError, match=message):
+            QuantizedModel.load(path)
 
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
@@ -403,7 +531,12 @@ def test_models_that_cannot_be_quantised() -> None:
     x = images(2, 33, 40)
     hooked = copy.deepcopy(small())
     hooked.features[2].conv[1].register_forward_hook(lambda *_: None)
+    partly, wide = copy.deepcopy(small()), copy.deepcopy(small())
+    partly.features[3].conv[1][1].train()
+    wide.features[3].conv[1][1].running_var.data = wide.features[3].conv[1][1].running_var.double()
     cases: list[tuple[nn.Module, type[Exception], str]] = [
+        (partly, ValueError, "training mode"),
+        (wide, ValueError, "float32 on the CPU"),
         (copy.deepcopy(small()).train(), ValueError, "training mode"),
         (copy.deepcopy(small()).double(), ValueError, "float32 on the CPU"),
         (nn.Conv2d(3, 4, 3), TypeError, "not a Conv2d"),
@@ -426,6 +559,7 @@ def test_arguments() -> None:
         ([[1]], {}, "got list"),
         ([x], {"method": "best"}, "mse, percentile, max"),
         ([x], {"percentile": 10}, "above 50"),
+        ([x], {"percentile": 100.5}, "at most 100"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize(small(), batches, **options)
@@ -436,6 +570,8 @@ def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (x.double(), x[0], x[:, :1], x.to(torch.uint8)):
         with pytest.raises(ValueError, match="images must be float32"):
             q(wrong)
+    with pytest.raises(ValueError, match="images must have pixels"):
+        q(x[:, :, :0])
     with pytest.raises(ValueError, match="gradients"):
         q(x.clone().requires_grad_())
     with torch.no_grad():
@@ -518,6 +654,28 @@ def test_qat_passes_gradients_through_rounding() -> None:
     qat.lows[0], qat.highs[0] = -1, 1
     qat.eval()._round("image", x).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_qat_ranges() -> None:
+    """Those of the first batch, then moving averages; 0 is always within."""
+    qat = prepare_qat(copy.deepcopy(small()), averaging=0.25).train()
+    x = images(8, 33, 40)
+    qat(x)
+    assert (qat.lows[0], qat.highs[0]) == (x.min(), x.max())
+    qat(3 * x)
+    assert float(qat.highs[0]) == pytest.approx(1.5 * float(x.max()))
+    for sign in (1, -1):
+        qat = prepare_qat(copy.deepcopy(small())).train()
+        qat(sign * (x.abs() + 1))
+        ends = qat.lows if sign > 0 else qat.highs
+        assert ends[0] == 0
+
+
+def test_qat_of_a_channel_of_nothing() -> None:
+    model = copy.deepcopy(small())
+    with torch.no_grad():
+        model.features[2].conv[0][1].weight[::3] = 0
+    assert prepare_qat(model).train()(images(8, 33, 40)).isfinite().all()
 
 
 def test_qat_errors() -> None:

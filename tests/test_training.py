@@ -399,7 +399,20 @@ def wrong_arguments() -> dict[str, tuple[str, list[Any], str]]:
     half = [t.half() if isinstance(t, Tensor) else t for t in train]
     none = changed(changed(train, 8, train[8][:0]), 15, train[15][:, :0])
     none = changed(none, 1, None if none[1] is None else none[1][:0])
+    narrow = [t.bfloat16() if isinstance(t, Tensor) else t for t in train]
     return {
+        "wide weight": (
+            "block_train",
+            changed(narrow, 8, train[8].double()),
+            "depthwise_weight must have the dtype of x",
+        ),
+        "weights of two dtypes": (
+            "block_train",
+            changed(narrow, 15, train[15]),
+            "project_weight must have the dtype of depthwise_weight",
+        ),
+        "mean alone": ("block_train", changed(train, 12, torch.zeros(7)), "running mean and var go together"),
+        "residual": ("block_train", changed(train, 24, [0, 0, 0, 0]), "a residual needs an output of the shape of x"),
         "half": ("block_train", half, "x must be float32, float64 or bfloat16"),
         "half norm": ("batch_norm_relu6", [norm[0].half(), *norm[1:]], "e must be float32, float64 or bfloat16"),
         "no hidden channels": ("block_train", none, "channels must be 1 to 1048576, got 0"),
@@ -424,6 +437,10 @@ def wrong_arguments() -> dict[str, tuple[str, list[Any], str]]:
 @pytest.mark.parametrize(
     "what",
     [
+        "wide weight",
+        "weights of two dtypes",
+        "mean alone",
+        "residual",
         "half",
         "half norm",
         "no hidden channels",

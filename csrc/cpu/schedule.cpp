@@ -300,6 +300,9 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
         break;
     }
     if (step.kind == Layer::kPool || step.pooled) {
+      if (resolver.int8() && height * width > INT32_MAX / 255) {
+        throw std::length_error("x is too large: the sum of so many bytes does not fit into 32 bits");
+      }
       height = width = 1;
       program.flat = true;
       program.features = round_up(step.out_channels, program.map_channels);
