@@ -99,7 +99,8 @@ struct Forward {
   static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Out& out, Done done = {}) {
     constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
     constexpr bool kSpread = M == kTileM && N == kTileN && Isa::kLastSteps > 0 && !std::is_same_v<Done, Nothing>;
-    const bool spread = kSpread && pixels.k % kSlot == 0 && pixels.k >= Isa::kLastSteps * kSlot;
+    const int last = Isa::kLastSteps * kSlot;  // where sums are long, stores are few
+    const bool spread = kSpread && pixels.k % kSlot == 0 && pixels.k >= last && pixels.k < 8 * last;
     const int64_t stride = pixels.pixel_stride, ahead_step = out.ahead_step;
     const T* ahead = out.ahead;
     const X* p[kPointers];
@@ -123,7 +124,7 @@ struct Forward {
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += count.value * kSlot;
       };
       int k = pixels.k;
-      if (spread && s + 1 == pixels.segments) k -= Isa::kLastSteps * kSlot;
+      if (spread && s + 1 == pixels.segments) k -= last;
       for (; k >= 2 * kSlot; k -= 2 * kSlot) steps(Count<2>(), slot);  // 3% faster than one by one; four are no better
       if (k >= kSlot) steps(Count<1>(), slot);
       if constexpr (kSlot > 1) {  // half a slot: what follows in memory is not part of the sum

@@ -9,8 +9,8 @@ namespace {
 
 // Up to this many pixels of h a block runs a whole plane at once, so that its weights are read once; and its hidden
 // channels are cut into groups, which is what threads share where rows are few. At 24 x 24 pixels that was measured 4%
-// to 14% a block better than stripes, at 28 x 28 with few channels up to 6%.
-constexpr int64_t kPlanePixels = 784;
+// to 14% a block better than stripes; at 28 x 28 up to 4% better on one thread, and 7% to 15% worse on two.
+constexpr int64_t kPlanePixels = 576;
 // Of the int8 rows, which gained nothing from larger ones.
 constexpr int64_t kPlanePixels8 = 256;
 constexpr int64_t kMaxGroups = 4, kMinGroupChannels = 96;
