@@ -17,6 +17,7 @@ namespace {
 // Tiles as those of float32, whose every multiply-add becomes two.
 struct Bf16 : Float32 {
   using X = BFloat16;
+  static constexpr int kLastSteps = 8;
   using Slots = double __attribute__((may_alias, aligned(2)));  // two of them, which travel together
   using Slot = float __attribute__((may_alias, aligned(2)));
   using Float32::broadcast_load, Float32::load, Float32::load_n, Float32::store, Float32::store_n;
