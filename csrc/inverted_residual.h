@@ -76,10 +76,12 @@ struct Step {
   bool to_float;                                       // the mean is the result
 };
 
-// The image as the caller has it, in elements.
+// The image as the caller has it, in elements: of the row's dtype, or where `wide` of what it adds up in, which are to
+// be rounded.
 struct Image {
   const void* data;
   int64_t stride_channel, stride_row, stride_column;
+  bool wide = false;
 };
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kInt8 };
