@@ -52,6 +52,16 @@ def new_data(model: MobileNetV2) -> None:
     weight.data = weight.data * 1.5
 
 
+def new_offset(model: MobileNetV2) -> None:
+    """Another part of the same storage."""
+    weight = model.features[3].conv[0][0].weight
+    one, other = torch.cat([weight.detach(), weight.detach() * 1.5]).split(len(weight))
+    weight.data = one
+    with torch.no_grad():
+        model(images(1, 32, 32)), model(images(1, 32, 32))
+    weight.data = other
+
+
 def swap_tensors(model: MobileNetV2) -> None:
     weight = model.features[3].conv[0][0].weight
     torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 1.5))
@@ -177,10 +187,10 @@ def kaiming(model: MobileNetV2) -> None:
 
 
 CHANGES: tuple[Callable[[MobileNetV2], None], ...] = (
-    in_place, in_inference_mode, set_storage, new_data, swap_tensors, new_parameter, new_buffer, statistics_in_place,
-    epsilon, add_bias, no_affine, channels_last, load, load_assigned, sgd, sgd_foreach, sgd_fused, adam_fused, rmsprop,
-    training_epoch, only_statistics, new_linear, new_classifier, bare_linear, reset, reset_to_none, new_block,
-    another_block, fewer_blocks, ema_swap, kaiming,
+    in_place, in_inference_mode, set_storage, new_data, new_offset, swap_tensors, new_parameter, new_buffer,
+    statistics_in_place, epsilon, add_bias, no_affine, channels_last, load, load_assigned, sgd, sgd_foreach, sgd_fused,
+    adam_fused, rmsprop, training_epoch, only_statistics, new_linear, new_classifier, bare_linear, reset, reset_to_none,
+    new_block, another_block, fewer_blocks, ema_swap, kaiming,
 )  # fmt: skip
 
 
