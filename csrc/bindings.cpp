@@ -128,7 +128,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("sized"), py::arg("parameters"), py::arg("buffers"), py::arg("plain") = false)
       .def("unchanged", &Watch::unchanged)
       .def("remember", &Watch::remember)
-      .def("serves", &Watch::serves);
+      .def("call", &Watch::call)
+      .def_property_readonly("words", &Watch::words, "How many words of memory it compares; 0 where it asks Python.");
   m.def(
       "cuda_error",
       [](int device) -> std::string {

@@ -80,10 +80,12 @@ struct Step {
 // must not share it between ISAs.
 static constexpr int group_panel(const Step& s, int group) { return s.panels * group / s.groups; }
 
-// The image as the caller has it, in elements.
+// The image as the caller has it, in elements: of the row's dtype, or where `wide` of what it adds up in, which are to
+// be rounded.
 struct Image {
   const void* data;
   int64_t stride_channel, stride_row, stride_column;
+  bool wide = false;
 };
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kInt8 };

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 
+#include "direct.h"
 #include "plan.h"
 
 namespace mnv2_fused {
@@ -122,20 +123,24 @@ Tensor execute(const Prepared& prepared, const Tensor& input, const void* packed
   STD_TORCH_CHECK(input.size(1) == plan.layers[0].in_channels, "x must have ", plan.layers[0].in_channels,
                   " channels, got ", shape_of(input));
   if (plan.int8()) return execute_s8(prepared, input, packed, seconds);
-  STD_TORCH_CHECK(dtype_of(input, "x") == plan.kernel->dtype, "x must be ", dtype_name(plan.kernel->dtype), ", which ",
-                  plan.kernel->name, " computes in");
   const bool any_strides = plan.layers[0].kind == Layer::kConv3x3;
+  const Dtype dtype = plan.kernel->dtype, given = dtype_of(input, "x");
+  // Under autocast the image is float32: it is rounded as the 3x3 reads it.
+  const bool wide = any_strides && dtype == Dtype::kBFloat16 && given == Dtype::kFloat32;
+  STD_TORCH_CHECK(wide || given == dtype, "x must be ", dtype_name(dtype), ", which ", plan.kernel->name,
+                  " computes in", dtype == Dtype::kBFloat16 ? ", or an image in float32" : "");
+  const ScalarType type = wide ? ScalarType::BFloat16 : input.scalar_type();
   const Tensor x = any_strides ? input : torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  const Tensor y = program.flat ? new_tensor({x.size(0), program.out_channels}, x, MemoryFormat::Contiguous)
+  const Tensor y = program.flat ? new_tensor({x.size(0), program.out_channels}, x, MemoryFormat::Contiguous, type)
                                 : new_tensor({x.size(0), program.out_channels, program.out_height, program.out_width},
-                                             x, MemoryFormat::ChannelsLast);
+                                             x, MemoryFormat::ChannelsLast, type);
   if (x.size(0) == 0) return y;
   Call call{};
   call.packed = packed;
   call.x = x.data_ptr();
   call.batch = x.size(0);
   call.stride_batch = any_strides ? x.stride(0) : program.image_size;
-  call.image = {nullptr, x.stride(1), x.stride(2), x.stride(3)};
+  call.image = {nullptr, x.stride(1), x.stride(2), x.stride(3), wide};
   call.y = y.data_ptr();
   call.seconds = seconds;
   run(program, call, int(torch::stable::get_num_threads()), on_torch_threads);
@@ -222,6 +227,43 @@ Tensor network(const Tensor& x, const Tensor& packed, std::string plan) {
   return execute(*prepared, x, packed.data_ptr());
 }
 
+class DirectNetwork : public Direct {
+ public:
+  DirectNetwork(Tensor packed, std::string plan) : packed_(std::move(packed)), plan_(std::move(plan)) {
+    check_packed(packed_, parse(plan_));
+  }
+
+  void* const* run(void* const* x) override {
+    const Tensor image = borrowed(x);
+    const Tensor y = execute(*prepared(image), image, packed_.data_ptr());
+    return reinterpret_cast<void* const*>(new_handle(y.get()));
+  }
+
+  static Tensor borrowed(void* const* tensor) {
+    return Tensor(new_handle(reinterpret_cast<AtenTensorHandle>(const_cast<void**>(tensor))));
+  }
+
+ private:
+  static AtenTensorHandle new_handle(AtenTensorHandle of) {
+    AtenTensorHandle handle;
+    STD_TORCH_CHECK(aoti_torch_new_tensor_handle(of, &handle) == AOTI_TORCH_SUCCESS,
+                    "torch made no handle of a tensor");
+    return handle;
+  }
+
+  // For images of one size that of the last call.
+  std::shared_ptr<const Prepared> prepared(const Tensor& x) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!last_ || x.size(2) != last_->height || x.size(3) != last_->width) last_ = prepare(plan_, x);
+    return last_;
+  }
+
+  const Tensor packed_;
+  const std::string plan_;
+  std::mutex mutex_;
+  std::shared_ptr<const Prepared> last_;
+};
+
 // What `network` takes for each layer, in seconds on the first thread; of layers that are computed as one, with the
 // last.
 Tensor network_seconds(const Tensor& x, const Tensor& packed, std::string plan) {
@@ -260,6 +302,10 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand_we
 }
 
 }  // namespace
+
+std::shared_ptr<Direct> make_direct(void* const* packed, const std::string& plan) {
+  return std::make_shared<DirectNetwork>(DirectNetwork::borrowed(packed), plan);
+}
 
 Layer block_layer(const Kernel& kernel, const Tensor& x, bool expand, int64_t hidden, int64_t out, int64_t stride,
                   int64_t dilation, const std::vector<int64_t>& padding) {

@@ -106,16 +106,22 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& shape, MemoryFormat 
 Tensor new_cpu_tensor(const std::vector<int64_t>& shape, ScalarType dtype, MemoryFormat format) {
   int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   for (const int64_t n : shape) bytes *= n;
-  if (bytes < kSmallest || !torch_from_blob) {
-    return torch::stable::empty(shape, dtype, std::nullopt, std::nullopt, std::nullopt, format);
-  }
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  auto block = std::make_unique<Pool::Block>(Pool::instance().take(bytes));
+  const std::vector<int64_t> strides = strides_of(shape, format);
+  const int32_t type = to<int32_t>(from(dtype));
   AtenTensorHandle handle;
+  if (bytes < kSmallest || !torch_from_blob) {
+    // Not torch::stable::empty, which looks the op up by its name and goes through boxes.
+    const auto code = aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type,
+                                               aoti_torch_device_type_cpu(), -1, &handle);
+    STD_TORCH_CHECK(code == AOTI_TORCH_SUCCESS, "torch made no tensor");
+    return Tensor(handle);
+  }
+  auto block = std::make_unique<Pool::Block>(Pool::instance().take(bytes));
   const auto code = torch_from_blob(
-      block->memory.data_ptr(), int64_t(shape.size()), shape.data(), strides_of(shape, format).data(), 0,
-      to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      block->memory.data_ptr(), int64_t(shape.size()), shape.data(), strides.data(), 0, type,
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
       [](void*, void* context) {
         const std::unique_ptr<Pool::Block> done(static_cast<Pool::Block*>(context));
         Pool::instance().give(std::move(*done));

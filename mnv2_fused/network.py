@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, get_autocast_dtype, is_autocast_enabled, is_grad_enabled, nn
-from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn.modules import module as _module
@@ -230,7 +230,7 @@ class _Packing:
         self._tensors = parameters + buffers
         self._kernel = os.environ.get("MNV2_FUSED_KERNEL")
         self._watch = _C.Watch(dicts, sized, parameters, buffers)
-        self.serves = self._watch.serves
+        self.call = self._watch.call
         # What is compared by identity or by address stays alive: no other object may come to stand in its place.
         values = [value for table in dicts for value in table.values()]
         self._held = (dicts, sized, values, [t.detach() for t in parameters])
@@ -247,6 +247,7 @@ class _Packing:
             device, dtype, _, tf32 = asked
             self.plan = ops.make_plan([stage.layer for stage in stages], dtype, device, tf32)
             self._stages, self._same = stages, any(stage.same for stage in stages)
+            self._image = stages[0].layer.kind == ops.CONV3X3
             weights = torch.cat([t for stage in stages for pair in stage.weights for t in _fold(*pair)])
             packed_from = dtype if dtype == torch.float64 else torch.float32  # others are rounded while they are packed
             self.packed = torch.ops.mnv2_fused.pack(weights.to(packed_from), self.plan)
@@ -282,10 +283,19 @@ class _Packing:
             self._plans[size] = ops.join_plan(self.plan.split()[0], layers)
         return self._plans[size]
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether the op takes x as it is; else it is converted."""
+        asked = self.arithmetic
+        rounds = self._image and asked.device == "cpu" and asked.dtype == torch.bfloat16 and x.dtype == torch.float32
+        return rounds or x.dtype == asked.dtype
+
     def remember(self, root: nn.Module, x: Tensor) -> None:
-        """Of a call that can use the weights: `serves(root, x)` tells in one step whether another like it can."""
-        if self.arithmetic.device == "cpu" and not self.arithmetic.autocast and not self._same:
-            self._watch.remember(root, x, self._handles, self._kernel)
+        """Of a call that can use the weights: `call(root, x)` answers others like it in one step."""
+        if self.arithmetic.device == "cpu" and self.takes(x):
+            self._watch.remember(
+                root, x, self._handles, self._kernel, self.arithmetic.autocast, not self._same,
+                _NETWORK, self.packed, self.plan_for(x), _len_torch_dispatch_stack() > 0,
+            )  # fmt: skip
 
     def current(self, asked: Arithmetic) -> bool:
         """Whether nothing that the packed weights depend on has changed."""
@@ -329,13 +339,15 @@ class FusedChain:
 
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor | None:
         """The result of the chain, or None where it cannot run fused."""
-        if not is_dynamo_compiling() and (packing := self._packing) is not None and packing.serves(root, x):
-            return _NETWORK(x, packing.packed, packing.plan)
+        if not is_dynamo_compiling() and (packing := self._packing) is not None:
+            y = packing.call(root, x)
+            if y is not None:
+                return y
         reason, packing = self._prepare(root, x)
         if reason:
             return None
         packing.remember(root, x)
-        x = x if x.dtype == packing.arithmetic.dtype else x.to(packing.arithmetic.dtype)
+        x = x if packing.takes(x) else x.to(packing.arithmetic.dtype)
         if x.is_cuda:
             self._hold(packing)
         return _NETWORK(x, packing.packed, packing.plan_for(x))
@@ -352,7 +364,7 @@ class FusedChain:
         reason = reason or ("" if x.device.type == "cpu" else "times by layer are of the CPU alone")
         if reason:
             raise RuntimeError(f"no times by layer: {reason}")
-        x = x.to(packing.arithmetic.dtype)
+        x = x if packing.takes(x) else x.to(packing.arithmetic.dtype)
         plan = packing.plan_for(x)
         found = _NETWORK_SECONDS(x, packing.packed, plan).tolist()
         batch, _, height, width = x.shape

@@ -429,7 +429,8 @@ def _(weights, plan):
 def _(x, packed, plan):
     shape, _ = _walk(x, layers_of(plan))
     strides = [shape[1], 1] if len(shape) == 2 else _channels_last_strides(shape)
-    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+    halves = plan.split(" ", 1)[0] in [row.name for row in kernels() if row.dtype == torch.bfloat16]
+    return torch.empty_strided(shape, strides, dtype=torch.bfloat16 if halves else x.dtype, device=x.device)
 
 
 @torch.library.register_fake("mnv2_fused::network_seconds")

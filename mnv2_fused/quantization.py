@@ -33,9 +33,12 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
-from . import network, ops
+from . import _C, network, ops
 from .mobilenet_v2 import MobileNet, _describe_network
 from .network import Stage, Unfusable
 from .ops import Layer
@@ -423,6 +426,7 @@ class QuantizedModel(nn.Module):
         self.in_channels = self.layers[0].layer.in_channels
         self._packed: dict[str, Tensor] = {}  # by kernel
         self._plans: dict[tuple[object, ...], tuple[str, Tensor]] = {}  # and packed weights
+        self._watch: _C.Watch | None = None
         super().train(False)
 
     def train(self, mode: bool = True) -> QuantizedModel:
@@ -439,16 +443,30 @@ class QuantizedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}, "_plans": {}}
+        return self.__dict__ | {"_packed": {}, "_plans": {}, "_watch": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises ValueError where x is no float32 [N, C, H, W] on the CPU, or gradients to it are asked for."""
+        if not is_dynamo_compiling() and (watch := self._watch) is not None:
+            y = watch.call(self, x)
+            if y is not None:
+                return y
         _check_images(x, self.in_channels)
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("gradients are asked for, which an int8 model does not give: call it in torch.no_grad()")
         key = os.environ.get("MNV2_FUSED_KERNEL"), *x.shape[2:]
         plan, packed = self._plans.get(key) or self._prepare(key)
+        if not torch.is_grad_enabled() and not network.why_no_op(x):
+            self._remember(x, key[0], plan, packed)
         return _NETWORK(x, packed, plan)
+
+    def _remember(self, x: Tensor, kernel: str | None, plan: str, packed: Tensor) -> None:
+        """`_watch` answers other calls like this one in one step, as long as they are in no_grad or inference mode."""
+        watch = _C.Watch([], [], [], [])
+        any_size = not any(q.same for q in self.layers)
+        observed = _len_torch_dispatch_stack() > 0
+        watch.remember(self, x, RemovableHandle.next_id, kernel, False, any_size, _NETWORK, packed, plan, observed)
+        self._watch = watch
 
     def _prepare(self, key: tuple[object, ...]) -> tuple[str, Tensor]:
         layers = [q.layer for q in _sized(self.layers, *key[1:])]

@@ -96,6 +96,23 @@ def test_bfloat16_any_batch_and_threads(bfloat16_kernel: str) -> None:
         assert torch.equal(autocast(model, x[1:2]), alone[1]), threads
 
 
+@pytest.mark.parametrize("special", ["none", "range", "nan"])
+def test_an_image_in_float32(bfloat16_kernel: str, special: str) -> None:
+    """Is rounded as PyTorch rounds it, every width of rows and any strides, also what float32 hardly holds."""
+    model = copy.deepcopy(settled_once())
+    for batch, height, width in ((2, 33, 45), (1, 32, 16), (3, 34, 1), (1, 40, 79)):
+        x = images(batch, height, width).clone()
+        # Halfway between two bfloat16, to the even one and to the odd one; denormal in both; and overflowing.
+        x[:, 0, ::5] = {"none": 1 + 2.0**-8, "range": 1e-40, "nan": float("nan")}[special]
+        x[:, 1, ::7] = {"none": 1 + 3 * 2.0**-8, "range": 3.4e38, "nan": -float("inf")}[special]
+        expected = autocast(model, x.bfloat16())
+        for given in (x, x.contiguous(memory_format=torch.channels_last), x.flip(3).flip(3), x.mT.contiguous().mT):
+            torch.testing.assert_close(autocast(model, given), expected, rtol=0, atol=0, equal_nan=True)
+    plan = model._chain._packing.plan
+    x = images(1, 32, 32)
+    torch.library.opcheck(torch.ops.mnv2_fused.network.default, (x, model._chain._packing.packed, plan))
+
+
 def test_autocast() -> None:
     """Images of any dtype that autocast rounds, and of any strides; what it leaves alone stays float64."""
     model, x = settled(), images(2, 32, 40)

@@ -52,6 +52,16 @@ def new_data(model: MobileNetV2) -> None:
     weight.data = weight.data * 1.5
 
 
+def new_offset(model: MobileNetV2) -> None:
+    """Another part of the same storage."""
+    weight = model.features[3].conv[0][0].weight
+    one, other = torch.cat([weight.detach(), weight.detach() * 1.5]).split(len(weight))
+    weight.data = one
+    with torch.no_grad():
+        model(images(1, 32, 32)), model(images(1, 32, 32))
+    weight.data = other
+
+
 def swap_tensors(model: MobileNetV2) -> None:
     weight = model.features[3].conv[0][0].weight
     torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 1.5))
@@ -177,10 +187,10 @@ def kaiming(model: MobileNetV2) -> None:
 
 
 CHANGES: tuple[Callable[[MobileNetV2], None], ...] = (
-    in_place, in_inference_mode, set_storage, new_data, swap_tensors, new_parameter, new_buffer, statistics_in_place,
-    epsilon, add_bias, no_affine, channels_last, load, load_assigned, sgd, sgd_foreach, sgd_fused, adam_fused, rmsprop,
-    training_epoch, only_statistics, new_linear, new_classifier, bare_linear, reset, reset_to_none, new_block,
-    another_block, fewer_blocks, ema_swap, kaiming,
+    in_place, in_inference_mode, set_storage, new_data, new_offset, swap_tensors, new_parameter, new_buffer,
+    statistics_in_place, epsilon, add_bias, no_affine, channels_last, load, load_assigned, sgd, sgd_foreach, sgd_fused,
+    adam_fused, rmsprop, training_epoch, only_statistics, new_linear, new_classifier, bare_linear, reset, reset_to_none,
+    new_block, another_block, fewer_blocks, ema_swap, kaiming,
 )  # fmt: skip
 
 
@@ -386,9 +396,119 @@ def test_calls_in_a_row_ask_once(asked: list[nn.Module]) -> None:
     assert len(asked) == 2
 
 
-def autocast_call(model: MobileNetV2, x: Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).dtype == torch.bfloat16
+def autocast_call(model: MobileNetV2, x: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    return y
+
+
+def test_autocast_calls_in_a_row_ask_once(asked: list[nn.Module]) -> None:
+    """As those without; the image is rounded to the same numbers."""
+    model, x = settled(), images(2, 32, 32)
+    asked.clear()
+    calls = (x, x, images(3, 32, 37), images(1, 40, 56), x.contiguous(memory_format=torch.channels_last))
+    for given in calls:
+        y = autocast_call(model, given)
+        assert torch.equal(y, autocast_call(copy.deepcopy(model), given.bfloat16()))
+    assert asked.count(model) == 1
+    with torch.no_grad():
+        model.classifier[1].bias.add_(1)
+    assert error(autocast_call(model, x), autocast_call(copy.deepcopy(model), x).double()) == 0
+    assert asked.count(model) == 2
+
+
+@pytest.mark.parametrize("call", [no_grad_call, autocast_call], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_calls_in_a_row_follow(
+    change: Callable[[MobileNetV2], None], call: Callable[[MobileNetV2, Tensor], Tensor]
+) -> None:
+    """What a model that has just been packed gives."""
+    model, x = settled(), images(1, 32, 32)
+    before = [call(model, x) for _ in range(3)][-1]
+    change(model)
+    with torch.no_grad():
+        after = call(model, x)
+    assert torch.equal(after, call(copy.deepcopy(model), x))
+    assert after.shape != before.shape or not torch.equal(after, before)
+
+
+def test_what_is_compared_is_known_here() -> None:
+    """Words of memory; without, every call would ask Python for hundreds of attributes."""
+    model = settled()
+    no_grad_call(model, images(1, 32, 32))
+    tensors = len(list(model.parameters())) + len(list(model.buffers()))
+    assert model._chain._packing._watch.words > 3 * tensors
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The images of the calls that went through torch's dispatcher."""
+    found: list[Tensor] = []
+    op = torch.ops.mnv2_fused.network.default
+
+    def record(x: Tensor, *rest: Any) -> Tensor:
+        found.append(x)
+        return op(x, *rest)
+
+    monkeypatch.setattr(network, "_NETWORK", record)
+    return found
+
+
+@pytest.mark.parametrize("call", [no_grad_call, autocast_call], ids=lambda call: call.__name__)
+def test_calls_in_a_row_are_direct(dispatched: list[Tensor], call: Callable[[MobileNetV2, Tensor], Tensor]) -> None:
+    """Kernels alone, unless somebody looks at ops, or the image is more than its memory."""
+    model, x = settled(), images(1, 32, 32)
+    y = [call(model, x) for _ in range(3)]
+    assert len(dispatched) == 1 and torch.equal(y[0], y[2])
+    assert not y[2].requires_grad and y[2]._version == 0 and type(y[2]) is Tensor
+    with torch.inference_mode():
+        y = [call(model, x) for _ in range(3)]
+    assert len(dispatched) == 2 and y[2].is_inference()
+
+    call(model, x), call(model, x)
+    dispatched.clear()
+    with torch.profiler.profile() as profile:
+        call(model, x)
+    assert len(dispatched) == 1 and "mnv2_fused::network" in {event.key for event in profile.key_averages()}
+    with torch.overrides.BaseTorchFunctionMode():
+        call(model, x)
+    assert len(dispatched) == 2
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as first:
+        call(model, x)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as second:
+        call(model, x), call(model, x)
+    assert 2 * first.get_total_flops() == second.get_total_flops() > 0
+    call(model, x), call(model, x)
+    assert torch.equal(call(model, torch._neg_view(x)), call(model, -x))
+
+
+def test_calls_in_a_row_of_one_size(asked: list[nn.Module]) -> None:
+    """Where the padding depends on the image, other sizes ask."""
+    model, x = settled(padding="same"), images(2, 32, 32)
+    asked.clear()
+    for given in (x, x, images(1, 32, 32), images(1, 33, 45), images(1, 33, 45), x):
+        assert error(no_grad_call(model, given), plain(model, given)) < TOLERANCE
+    assert asked == [model] * 3
+
+
+def half_autocast_call(model: MobileNetV2, x: Tensor) -> None:
+    with torch.autocast("cpu", torch.float16):
+        assert model(x).dtype == torch.float16
+
+
+@pytest.mark.parametrize("call", [half_autocast_call, no_grad_call], ids=lambda call: call.__name__)
+def test_another_call_after_autocast_calls_in_a_row(
+    asked: list[nn.Module], call: Callable[[MobileNetV2, Tensor], None]
+) -> None:
+    model, x = settled(), images(1, 32, 32)
+    autocast_call(model, x), autocast_call(model, x)
+    asked.clear()
+    autocast_call(model, x)
+    assert not asked
+    with torch.no_grad():
+        call(model, x)
+    assert asked
 
 
 def gradient_call(model: MobileNetV2, x: Tensor) -> None:
@@ -488,9 +608,9 @@ def replica_call(model: MobileNetV2, x: Tensor) -> None:
 
 
 OTHER_CALLS = (
-    autocast_call, gradient_call, vmap_call, dual_call, traced_call, compiled_call, hooked_call, globally_hooked_call,
-    subclass_call, meta_call, double_call, gray_call, single_image_call, volume_call, empty_image_call, training_call,
-    unfused_call, replica_call,
+    autocast_call, half_autocast_call, gradient_call, vmap_call, dual_call, traced_call, compiled_call, hooked_call,
+    globally_hooked_call, subclass_call, meta_call, double_call, gray_call, single_image_call, volume_call,
+    empty_image_call, training_call, unfused_call, replica_call,
 )  # fmt: skip
 
 

@@ -592,6 +592,83 @@ def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         small()(x)
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The images that a call looked at one thing after the other, and not in one step."""
+    found: list[Tensor] = []
+    check = quantization._check_images
+
+    def record(x: Tensor, channels: int) -> None:
+        found.append(x)
+        check(x, channels)
+
+    monkeypatch.setattr(quantization, "_check_images", record)
+    return found
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_calls_in_a_row(asked: list[Tensor], monkeypatch: pytest.MonkeyPatch, padding: str) -> None:
+    """Are asked for once, without the dispatcher; where the padding depends on the image, once for each size."""
+    q = copy.deepcopy(small_int8(padding=padding))
+    sizes = (2, 33, 40), (1, 33, 40), (3, 64, 32), (2, 33, 40)
+    expected = [q.reference(images(*size)) for size in sizes]
+    asked.clear()
+    op, dispatched = torch.ops.mnv2_fused.network.default, []
+    monkeypatch.setattr(quantization, "_NETWORK", lambda *args: dispatched.append(args) or op(*args))
+    with torch.no_grad():
+        for size, y in zip(sizes, expected, strict=True):
+            check_equal(q(images(*size).contiguous(memory_format=torch.channels_last)), y)
+            check_equal(q(images(*size)), y)
+    assert len(asked) == len(dispatched) == (1 if padding == "symmetric" else 3)
+    with torch.inference_mode():
+        assert q(images(*sizes[0])).is_inference() and len(asked) > 1
+
+
+def test_another_call_after_calls_in_a_row(asked: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is not taken for one like them."""
+    q, x = copy.deepcopy(small_int8()), images(2, 33, 40)
+    expected = q.reference(x)
+
+    class Image(Tensor):
+        pass
+
+    def in_a_row() -> None:
+        with torch.no_grad():
+            q(x), q(x)
+            asked.clear()
+            check_equal(q(x), expected)
+        assert not asked
+
+    for wrong in (x.double(), x[0], x[:, :1], x.to(torch.uint8), x.to("meta"), x[..., :0]):
+        in_a_row()
+        with torch.no_grad(), pytest.raises(ValueError, match="images must"):
+            q(wrong)
+    in_a_row()
+    with pytest.raises(ValueError, match="gradients"):
+        q(x.clone().requires_grad_())
+    with torch.no_grad():
+        in_a_row()
+        assert type(q(x.as_subclass(Image))) is Image and len(asked) == 1
+        in_a_row()
+        check_equal(q(torch._neg_view(x)), q.reference(-x))
+        in_a_row()
+        graph = str(torch.jit.trace(q, x, check_trace=False).inlined_graph)
+        assert graph.count("mnv2_fused::network") == 1
+        in_a_row()
+        for other in (copy.deepcopy(q), copy.copy(q), pickle.loads(pickle.dumps(q))):
+            asked.clear()
+            check_equal(other(x), expected)
+            assert len(asked) == 1
+        in_a_row()
+        handle = q.register_forward_hook(lambda module, given, y: y + 1)
+        check_equal(q(x), expected + 1)
+        handle.remove()
+        in_a_row()
+        monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f32")
+        with pytest.raises(ValueError, match="scalar_f32 computes in float32"):
+            q(x)
+
+
 def test_follows_no_later_change() -> None:
     model, x = copy.deepcopy(small()), images(2, 33, 40)
     q = quantize(model, [x])

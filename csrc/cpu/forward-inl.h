@@ -471,24 +471,51 @@ struct Forward {
 
     void fill(int row) {
       for (int c = 0; c < s.image_channels; ++c) {
-        const X* from = static_cast<const X*>(image.data) + c * image.stride_channel + row * image.stride_row;
-        X* to = at(c, row);
-        for (int i = 0; i < s.conv_pad_left; ++i) to[i] = X{};
-        to += s.conv_pad_left;
-        if (image.stride_column == 1) {
-          __builtin_memcpy(to, from, sizeof(X) * s.image_width);
-        } else {
-          for (int i = 0; i < s.image_width; ++i) to[i] = from[i * image.stride_column];
+        if constexpr (kSlot > 1) {
+          if (image.wide) {
+            fill(static_cast<const T*>(image.data), c, row);
+            continue;
+          }
         }
-        for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = X{};
-        if (row + s.conv_stride < s.image_height) fetch_row(from + s.conv_stride * image.stride_row);
+        fill(static_cast<const X*>(image.data), c, row);
       }
     }
 
+    template <class From>
+    void fill(const From* from, int c, int row) {
+      from += c * image.stride_channel + row * image.stride_row;
+      X* to = at(c, row);
+      for (int i = 0; i < s.conv_pad_left; ++i) to[i] = X{};
+      to += s.conv_pad_left;
+      if (image.stride_column == 1) {
+        copy(from, to);
+      } else {
+        for (int i = 0; i < s.image_width; ++i) to[i] = narrowed(from[i * image.stride_column]);
+      }
+      for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = X{};
+      if (row + s.conv_stride < s.image_height) fetch_row(from + s.conv_stride * image.stride_row);
+    }
+
+    void copy(const X* from, X* to) const { __builtin_memcpy(to, from, sizeof(X) * s.image_width); }
+    template <class Wide>
+    void copy(const Wide* from, X* to) const {
+      int i = 0;
+      for (; i + kLanes <= s.image_width; i += kLanes) Isa::store(to + i, Isa::load(from + i));
+      const int rest = s.image_width - i;
+      if (rest > 0) Isa::store_n(to + i, Isa::load_n(from + i, rest), rest);
+    }
+    static X narrowed(X value) { return value; }
+    template <class Wide>
+    static X narrowed(Wide value) {
+      return round_to_bfloat16(value);
+    }
+
     // The image comes from far away, and the next rows of it are read only when these have been multiplied.
-    void fetch_row(const X* from) const {
-      if (image.stride_column > kLine * kSlot || image.stride_column < 0) return;
-      for (int64_t i = 0; i < s.image_width * image.stride_column; i += kLine * kSlot) __builtin_prefetch(from + i);
+    template <class From>
+    void fetch_row(const From* from) const {
+      constexpr int kElements = 64 / sizeof(From);
+      if (image.stride_column > kElements || image.stride_column < 0) return;
+      for (int64_t i = 0; i < s.image_width * image.stride_column; i += kElements) __builtin_prefetch(from + i);
     }
   };
 

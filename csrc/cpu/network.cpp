@@ -77,7 +77,7 @@ struct Runner {
   const Call& call;
   const int threads;
   const int64_t element = element_size(program.kernel->dtype), sum = sum_size(program.kernel->dtype);
-  const int64_t x_element = program.x_element(), y_element = program.y_element();
+  const int64_t x_element = call.image.wide ? sum : program.x_element(), y_element = program.y_element();
   const bool linear = program.steps.back().kind == Layer::kLinear;
   char *zeros = nullptr, *features = nullptr, *partials = nullptr, *workers = nullptr;
 
