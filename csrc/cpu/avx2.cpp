@@ -21,7 +21,7 @@ struct Float32 {
   static constexpr bool kPairs = false;
   static constexpr int kRegisters = 16;
   static constexpr int kStreams = 4;
-  static constexpr int kLastSteps = 0;  // too few accumulators to halve
+  static constexpr int kLastSteps = 0;                              // too few accumulators to halve
   static constexpr int kDoubles = 4, kDoublesM = 4, kDoublesN = 3;  // as the tile, in doubles
   static_assert(kTileM * kTileN + kTileN + 1 <= 16 && kDepthwiseRows * kDepthwiseColumns + 11 <= 16);
 
