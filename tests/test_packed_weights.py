@@ -374,6 +374,18 @@ def no_grad_call(model: MobileNetV2, x: Tensor) -> Tensor:
         return model(x)
 
 
+def after_calls_in_a_row(
+    call: Callable[[MobileNetV2, Tensor], object], asked: list[nn.Module]
+) -> tuple[MobileNetV2, Tensor]:
+    """A network, and an image for which calls of this kind are answered in one step now."""
+    model, x = settled(), images(1, 32, 32)
+    call(model, x), call(model, x)
+    asked.clear()
+    call(model, x)
+    assert not asked
+    return model, x
+
+
 def test_calls_in_a_row_ask_once(asked: list[nn.Module]) -> None:
     """Whatever the batch and the size; and anew where the mode, the weights or hooks anywhere are others."""
     model, x = settled(), images(2, 32, 32)
@@ -501,11 +513,7 @@ def half_autocast_call(model: MobileNetV2, x: Tensor) -> None:
 def test_another_call_after_autocast_calls_in_a_row(
     asked: list[nn.Module], call: Callable[[MobileNetV2, Tensor], None]
 ) -> None:
-    model, x = settled(), images(1, 32, 32)
-    autocast_call(model, x), autocast_call(model, x)
-    asked.clear()
-    autocast_call(model, x)
-    assert not asked
+    model, x = after_calls_in_a_row(autocast_call, asked)
     with torch.no_grad():
         call(model, x)
     assert asked
@@ -617,20 +625,14 @@ OTHER_CALLS = (
 @pytest.mark.parametrize("call", OTHER_CALLS, ids=lambda call: call.__name__)
 def test_another_call_after_calls_in_a_row(asked: list[nn.Module], call: Callable[[MobileNetV2, Tensor], None]) -> None:
     """Is not taken for one like them."""
-    model, x = settled(), images(1, 32, 32)
-    no_grad_call(model, x), no_grad_call(model, x)
-    asked.clear()
-    no_grad_call(model, x)
-    assert not asked
+    model, x = after_calls_in_a_row(no_grad_call, asked)
     with torch.no_grad():
         call(model, x)
     assert asked or call in (compiled_call, unfused_call)  # told apart before
 
 
 def test_calls_in_a_row_see_the_kernel(asked: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = settled(), images(1, 32, 32)
-    no_grad_call(model, x), no_grad_call(model, x)
-    asked.clear()
+    model, x = after_calls_in_a_row(no_grad_call, asked)
     monkeypatch.setenv("MNV2_FUSED_KERNEL", "scalar_f32")
     y = no_grad_call(model, x)
     assert torch.equal(no_grad_call(model, x), y) and len(asked) == 1

@@ -91,10 +91,10 @@ struct Forward {
 
   // Adds the products to acc and calls done(m) when the sums of pixel m are complete.
   //
-  // A CPU that issues two multiply-adds a cycle has no register port left for the data of a store, and the results of a
-  // whole tile at once hold both up for a cycle each (AMD Zen 5: 112 multiply-adds with 28 stores behind them take 90
-  // cycles, with a store after every fourth 81, and 448 with 28 spread among them 232 instead of 252). So the last
-  // steps are done for the first pixels of a whole tile, then for the others: the first are stored meanwhile.
+  // Stores of 512 bits can hold up both multiply-add units for a cycle each when the results of a whole tile come at
+  // once, and cost a third of that among multiply-adds (measured on AMD Zen 5: 448 multiply-adds, 224 cycles, take 252
+  // with 28 stores behind them and 232 with the same spread among them). So the last steps are done for the first
+  // pixels of a whole tile, then for the others: the first are stored meanwhile.
   template <int M, int N, class Out, class Done = Nothing>
   static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Out& out, Done done = {}) {
     constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
