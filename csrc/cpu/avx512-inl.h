@@ -7,8 +7,11 @@ struct Float32 {
   static constexpr int kLanes = 16;
   // 28 accumulators, 2 weight vectors and the broadcast pixel: 31 of 32 registers, 16 loads for 28 multiply-adds.
   static constexpr int kTileM = 14, kTileN = 2;
+  static constexpr int kTileM1 = kTileM;  // of a tile of one vector
+  static constexpr bool kEvenTiles = false;
   // 21 accumulators, 9 weights, the bias, an input: all 32 registers, 45 loads for 189 multiply-adds at stride 1.
   static constexpr int kDepthwiseRows = 3, kDepthwiseColumns = 7;
+  static constexpr bool kTapsInRegisters = true;
   static constexpr int kStreams = 4;
   static constexpr int kLastSteps = 12, kLastPixels = 8;  // of multiply
   // 21 accumulators, 3 weight vectors and the broadcast pair of inputs.

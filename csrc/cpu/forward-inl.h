@@ -25,7 +25,7 @@ struct Forward {
   static constexpr int kLine = 64 / sizeof(T);             // elements of a cache line
   static constexpr int kRows = Isa::kDepthwiseRows;        // output rows and
   static constexpr int kColumns = Isa::kDepthwiseColumns;  // columns of a depthwise tile
-  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, kSlot, Isa::kPairs};
+  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM > Isa::kTileM1 ? kTileM : Isa::kTileM1, kSlot, Isa::kPairs};
 
   static int ceil_div(int a, int b) { return (a + b - 1) / b; }
   static int min(int a, int b) { return a < b ? a : b; }
@@ -301,23 +301,35 @@ struct Forward {
   template <class Kind, int M = kTileM, int N = kTileN>
   static void panel(Pixels pixels, const T* w, const T* bias, typename Kind::Out out, int pixel_count, int channels) {
     const int n = N == 1 ? 1 : ceil_div(channels, kLanes);
+    if constexpr (N > 1 && M < Isa::kTileM1) {
+      if (n == 1) return panel<Kind, Isa::kTileM1, 1>(pixels, w, bias, out, pixel_count, channels);
+    }
     out.tail = channels % kLanes;
-    const int full = pixel_count / M * M;
     const int64_t steps = int64_t(pixels.segments) * slots(pixels.k);  // of a tile
+    const int tiles = ceil_div(pixel_count, M);
     if (out.ahead) {
-      const int64_t even = out.ahead_size / (steps * ceil_div(pixel_count, M)) + 1;
+      const int64_t even = out.ahead_size / (steps * tiles) + 1;
       out.ahead_step = even < kLine ? even : kLine;
     } else {
       out.ahead = w;
     }
-    const auto whole = tile_function<Kind, M, N>(M, n);
-    for (int p = 0; p < full; p += M) {
-      whole(pixels, w, bias, out);
-      pixels.offset += M * pixels.pixel_stride;
-      out.advance(M);
-      out.ahead += steps * out.ahead_step;
+    const auto run = [&](int m, int count) __attribute__((always_inline)) {
+      if (count == 0) return;
+      const auto tile = tile_function<Kind, M, N>(m, n);
+      for (; count > 0; --count) {
+        tile(pixels, w, bias, out);
+        pixels.offset += m * pixels.pixel_stride;
+        out.advance(m);
+        out.ahead += steps * out.ahead_step;
+      }
+    };
+    if (Isa::kEvenTiles) {
+      run(pixel_count / tiles + 1, pixel_count % tiles);
+      run(pixel_count / tiles, tiles - pixel_count % tiles);
+    } else {
+      run(M, pixel_count / M);
+      run(pixel_count % M, pixel_count % M > 0);
     }
-    if (full < pixel_count) tile_function<Kind, M, N>(pixel_count - full, n)(pixels, w, bias, out);
   }
 
   // ------------------------------------------------------------------------------------------- depthwise tile
@@ -332,10 +344,11 @@ struct Forward {
   };
   using Filter = FilterTo<X>;
 
-  // The constants of one vector of channels, kept in registers along a row.
+  // The constants of one vector of channels, kept in registers along a row, where there are enough of them.
   struct Taps {
     V w[9], bias;
   };
+  struct TapsInMemory {};
 
   // What becomes of a filtered value: d itself, or relu6(d).
   struct Raw {
@@ -399,8 +412,46 @@ struct Forward {
     }
   }
 
-  // Output columns [column, end) of R rows: whole tiles, then ever smaller ones.
+  // The same with the taps of one row of the kernel at a time in registers.
   template <class Emit, int S, bool D, int R, int C, class Y>
+  static MNV2_INLINE void filter(TapsInMemory, const FilterTo<Y>& f, const T* const* rows, int64_t start, Y* d) {
+    V acc[R][C];
+    const V bias = Isa::load(f.bias);
+    MNV2_UNROLL for (int r = 0; r < R; ++r) { MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = bias; }
+    MNV2_UNROLL for (int ky = 0; ky < 3; ++ky) {
+      V w[3];
+      MNV2_UNROLL for (int kx = 0; kx < 3; ++kx) {
+        w[kx] = Isa::load(f.weight + (ky * 3 + kx) * kLanes);
+        asm volatile("" : "+x"(w[kx]));  // or the compiler loads it for every product
+      }
+      MNV2_UNROLL for (int r = 0; r < R; ++r) {
+        const T* row = rows[r * S + (D ? ky : ky * f.dilation)] + start;
+        if constexpr (D) {
+          MNV2_UNROLL for (int j = 0; j < (C - 1) * S + 3; ++j) {
+            V v = Isa::load(row + j * kPanel);
+            asm volatile("" : "+x"(v));
+            MNV2_UNROLL for (int c = 0; c < C; ++c) {
+              const int kx = j - c * S;
+              if (kx >= 0 && kx <= 2) acc[r][c] = Isa::fmadd(v, w[kx], acc[r][c]);
+            }
+          }
+        } else {
+          MNV2_UNROLL for (int kx = 0; kx < 3; ++kx) {
+            const T* x = row + kx * f.dilation * kPanel;
+            MNV2_UNROLL for (int c = 0; c < C; ++c) {
+              acc[r][c] = Isa::fmadd(Isa::load(x + c * S * kPanel), w[kx], acc[r][c]);
+            }
+          }
+        }
+      }
+    }
+    MNV2_UNROLL for (int r = 0; r < R; ++r) {
+      MNV2_UNROLL for (int c = 0; c < C; ++c) Isa::store(d + r * f.d_row + c * f.d_column, Emit::of(acc[r][c]));
+    }
+  }
+
+  // Output columns [column, end) of R rows: whole tiles, then ever smaller ones.
+  template <class Emit, int S, bool D, int R, int C, class Taps, class Y>
   static MNV2_INLINE void filter_columns(const Taps& t, const FilterTo<Y>& f, const T* const* rows, int column,
                                          int end) {
     for (; column + C <= end; column += C) {
@@ -411,10 +462,14 @@ struct Forward {
 
   template <class Emit, int S, bool D, int R, class Y>
   static __attribute__((noinline)) void filter_rows(const FilterTo<Y>& f, const T* const* rows, int column_count) {
-    Taps t;
-    MNV2_UNROLL for (int i = 0; i < 9; ++i) t.w[i] = Isa::load(f.weight + i * kLanes);
-    t.bias = Isa::load(f.bias);
-    filter_columns<Emit, S, D, R, kColumns>(t, f, rows, 0, column_count);
+    if constexpr (Isa::kTapsInRegisters) {
+      Taps t;
+      MNV2_UNROLL for (int i = 0; i < 9; ++i) t.w[i] = Isa::load(f.weight + i * kLanes);
+      t.bias = Isa::load(f.bias);
+      filter_columns<Emit, S, D, R, kColumns>(t, f, rows, 0, column_count);
+    } else {
+      filter_columns<Emit, S, D, R, kColumns>(TapsInMemory{}, f, rows, 0, column_count);
+    }
   }
 
   // Rows in tiles of R, then in lower ones; four are two and two, since a single row has too few chains of sums.

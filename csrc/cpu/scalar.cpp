@@ -16,7 +16,10 @@ struct Plain {
     T lane[kLanes];
   };
   static constexpr int kTileM = 2, kTileN = 2;
+  static constexpr int kTileM1 = kTileM;  // of a tile of one vector
+  static constexpr bool kEvenTiles = false;
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 2;
+  static constexpr bool kTapsInRegisters = true;
   static constexpr bool kPairs = false;
   static constexpr int kRegisters = 16;
   static constexpr int kStreams = 2;
