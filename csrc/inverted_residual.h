@@ -11,7 +11,8 @@
 //
 // With 16-bit activations everything is added up in float32, and so are biases, taps and h; x, d, y and the matrices
 // are 16 bits wide, and rounded once. Two neighbours of a sum then share a slot of 32 bits, and the last one of an odd
-// number has a zero beside it in the matrix. Offsets and sizes of weights and of working memory count float32s.
+// number has a zero beside it in the matrix. Offsets and sizes of weights and of working memory count float32s. A row
+// without an instruction for slots (`wide`) keeps the image's rows and d as float32s, d unrounded, and widens x.
 //
 // Packed weights. A 1x1 or dense 3x3 convolution K -> N is cut into panels of `panel` output channels, each stored
 // [K][panel] (the last one narrower, a multiple of `lanes`), so that panel n0 begins at n0 * K and a register tile
@@ -67,8 +68,9 @@ struct Step {
   int groups, panels, d_stride;
   const int32_t* pixel_offsets;  // of each pixel of the ring rows, row-major, in elements; tile_m entries wrap around
 
-  // In a worker's scratch (ring at 0). `sums` are of the groups so far, where y is narrower than they.
-  int64_t d_offset, rows_offset, image_offset, sums_offset, scratch_size;
+  // In a worker's scratch (ring at 0). `sums` are of the groups so far, where y is narrower than they; `operands` is x
+  // widened.
+  int64_t d_offset, rows_offset, image_offset, sums_offset, operands_offset, scratch_size;
 
   // Of an int8 row, see there: ring_rows counts quads of rows.
   int image_ring;                                      // rows of the image that are kept as bytes
@@ -114,6 +116,7 @@ struct Tiles {
   int lanes, panel, tile_m;
   int slot;    // values of a sum in one slot
   bool pairs;  // has the tile for paired panels
+  bool wide;   // multiplies widened activations: the matrix alone is in slots
 };
 
 // Whether the last panel of a projection is stored as [k / 2][3][lanes / 2 channels][2]: three vectors that each hold
@@ -203,7 +206,7 @@ struct Kernel {
   void (*conv)(const Step&, const void* packed, const Image& image, void* y, void* scratch, const void* zeros, int row0,
                int row1);
   // Output channels of panels [panel0, panel1): the map, or where the step is pooled its mean.
-  void (*pointwise)(const Step&, const void* packed, const void* x, void* y, int panel0, int panel1);
+  void (*pointwise)(const Step&, const void* packed, const void* x, void* y, void* scratch, int panel0, int panel1);
   void (*pool)(const Step&, const void* packed, const void* x, void* y);
   void (*linear)(const Step&, const void* packed, const void* x, void* y, int64_t rows, int panel0, int panel1);
 

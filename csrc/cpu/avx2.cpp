@@ -23,7 +23,7 @@ struct Float32 {
   // divides every width of the network.
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 7;
   static constexpr bool kTapsInRegisters = false;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kWide = false;
   static constexpr int kRegisters = 16;
   static constexpr int kStreams = 4;
   static constexpr int kLastSteps = 0;                              // too few accumulators to halve
@@ -58,7 +58,7 @@ struct Float32 {
 struct Bf16 : Float32 {
   using X = BFloat16;
   // 8 accumulators, two halves of 2 weight vectors and of the broadcast slot: 14 registers.
-  static constexpr int kTileM = 4, kTileN = 2;
+  static constexpr int kTileM = 4;
   using Float32::broadcast_load, Float32::load, Float32::load_n, Float32::store, Float32::store_n;
 
   static __m256i bits(V v) { return _mm256_castps_si256(v); }
@@ -107,10 +107,33 @@ struct Bf16 : Float32 {
 
 const char* const kFeatures[] = {"avx2", "fma", nullptr};
 
+// For inference widened beforehand: 12 accumulators, 2 halves of weights and the broadcast, as in float32.
+struct WideBf16 : Bf16 {
+  static constexpr int kTileM = Float32::kTileM;
+  static constexpr bool kWide = true;
+  // The compiler would keep the mask in a register, and an accumulator in memory.
+  static V high(V slots) {
+    alignas(32) static const uint16_t kMask[16] = {0, 65535, 0, 65535, 0, 65535, 0, 65535,
+                                                   0, 65535, 0, 65535, 0, 65535, 0, 65535};
+    asm("vandps %1, %0, %0" : "+x"(slots) : "m"(kMask));
+    return slots;
+  }
+};
+
+constexpr Kernel bf16() {
+  using F = Forward<WideBf16>;
+  Kernel k = Training<Bf16>::kernel("avx2_bf16", Dtype::kBFloat16, kFeatures);
+  k.tiles = F::kTiles;
+  k.block = F::block;
+  k.conv = F::conv;
+  k.pointwise = F::pointwise;
+  return k;
+}
+
 }  // namespace
 
 extern const Kernel kernel_f32, kernel_bf16;
 const Kernel kernel_f32 = Training<Float32>::kernel("avx2_f32", Dtype::kFloat32, kFeatures);
-const Kernel kernel_bf16 = Training<Bf16>::kernel("avx2_bf16", Dtype::kBFloat16, kFeatures);
+const Kernel kernel_bf16 = bf16();
 
 }  // namespace mnv2_fused::avx2

@@ -15,7 +15,7 @@ struct Float32 {
   static constexpr int kStreams = 4;
   static constexpr int kLastSteps = 12, kLastPixels = 8;  // of multiply
   // 21 accumulators, 3 weight vectors and the broadcast pair of inputs.
-  static constexpr bool kPairs = true;
+  static constexpr bool kPairs = true, kWide = false;
   static constexpr int kPairsM = 7, kRegisters = 32;
   static constexpr int kDoubles = 8, kDoublesM = 8, kDoublesN = 2;  // 16 accumulators, 2 vectors, the broadcast
   static_assert(kTileM * kTileN + kTileN + 1 <= 32 && kDepthwiseRows * kDepthwiseColumns + 11 <= 32);

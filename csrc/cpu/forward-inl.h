@@ -8,7 +8,8 @@
 //
 // T is what is added up, biases, taps and h are; X is what x, y and d are, T itself or a type half as wide. Where it is
 // narrower a slot, as wide as a T, holds two neighbours of a sum, in an activation and in a matrix alike, and
-// Isa::dot(a, b, c) adds both products.
+// Isa::dot(a, b, c) adds both products. Where Isa::kWide, which has no such instruction, only the matrix has slots:
+// what tiles multiply them with is widened beforehand, once for all panels, and never narrowed in between.
 #define MNV2_INLINE inline __attribute__((always_inline))
 #define MNV2_UNROLL _Pragma("GCC unroll 32")
 
@@ -18,6 +19,8 @@ struct Forward {
   using X = typename Isa::X;
   using V = typename Isa::V;
   static constexpr int kSlot = sizeof(T) / sizeof(X);  // values of X
+  static constexpr bool kWide = Isa::kWide;
+  using Operand = std::conditional_t<kWide, T, X>;  // what a matrix tile reads of activations
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kTileM = Isa::kTileM;  // pixels of a matrix tile
   static constexpr int kTileN = Isa::kTileN;  // vectors of output channels of a matrix tile
@@ -25,7 +28,8 @@ struct Forward {
   static constexpr int kLine = 64 / sizeof(T);             // elements of a cache line
   static constexpr int kRows = Isa::kDepthwiseRows;        // output rows and
   static constexpr int kColumns = Isa::kDepthwiseColumns;  // columns of a depthwise tile
-  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM > Isa::kTileM1 ? kTileM : Isa::kTileM1, kSlot, Isa::kPairs};
+  static constexpr Tiles kTiles = {kLanes, kPanel,      kTileM > Isa::kTileM1 ? kTileM : Isa::kTileM1,
+                                   kSlot,  Isa::kPairs, kWide};
 
   static int ceil_div(int a, int b) { return (a + b - 1) / b; }
   static int min(int a, int b) { return a < b ? a : b; }
@@ -45,7 +49,7 @@ struct Forward {
   // Pixels as rows: K is `segments` runs of `k` consecutive elements (one for a 1x1, channels x 3 for a dense 3x3),
   // run s of pixel m beginning at segment[s] + offset + m * pixel_stride.
   struct Pixels {
-    const X* const* segment;
+    const Operand* const* segment;
     int segments, k;
     int64_t offset, pixel_stride;
   };
@@ -90,21 +94,29 @@ struct Forward {
   };
 
   // Adds the products to acc and calls done(m) when the sums of pixel m are complete.
-  //
+  template <int M, int N, class Out, class Done = Nothing>
+  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Out& out, Done done = {}) {
+    if constexpr (kWide) {
+      multiply_widened<M, N>(acc, pixels, w, out, done);
+    } else {
+      multiply_stored<M, N>(acc, pixels, w, out, done);
+    }
+  }
+
   // Stores of 512 bits can hold up both multiply-add units for a cycle each when the results of a whole tile come at
   // once, and cost a third of that among multiply-adds (measured on AMD Zen 5: 448 multiply-adds, 224 cycles, take 252
   // with 28 stores behind them and 232 with the same spread among them). So the last steps are done for the first
   // pixels of a whole tile, then for the others: the first are stored meanwhile.
-  template <int M, int N, class Out, class Done = Nothing>
-  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const T* w, const Out& out, Done done = {}) {
+  template <int M, int N, class Out, class Done>
+  static MNV2_INLINE void multiply_stored(V (&acc)[M][N], const Pixels& pixels, const T* w, const Out& out, Done done) {
     constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
     constexpr bool kSpread = M == kTileM && N == kTileN && Isa::kLastSteps > 0 && !std::is_same_v<Done, Nothing>;
     const int last = Isa::kLastSteps * kSlot;  // where sums are long, stores are few
     const bool spread = kSpread && pixels.k % kSlot == 0 && pixels.k >= last && pixels.k < 8 * last;
     const int64_t stride = pixels.pixel_stride, ahead_step = out.ahead_step;
     const T* ahead = out.ahead;
-    const X* p[kPointers];
-    const auto slot = [](const X* x) __attribute__((always_inline)) { return Isa::broadcast_load(x); };
+    const Operand* p[kPointers];
+    const auto slot = [](const Operand* x) __attribute__((always_inline)) { return Isa::broadcast_load(x); };
     for (int s = 0; s < pixels.segments; ++s) {
       MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[s] + pixels.offset + 3 * i * stride;
       const auto steps = [&](auto count, auto broadcast) __attribute__((always_inline)) {
@@ -164,6 +176,40 @@ struct Forward {
     MNV2_UNROLL for (int m = 0; m < M; ++m) done(m);
   }
 
+  // Of widened pixels: a slot's first value is the weight of one input, its second that of the next.
+  template <int M, int N, class Out, class Done>
+  static MNV2_INLINE void multiply_widened(V (&acc)[M][N], const Pixels& pixels, const T* w, const Out& out,
+                                           Done done) {
+    constexpr int kPointers = (M + 2) / 3;
+    const int64_t stride = pixels.pixel_stride, ahead_step = out.ahead_step;
+    const T* ahead = out.ahead;
+    for (int s = 0; s < pixels.segments; ++s) {
+      const T* p[kPointers];
+      MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[s] + pixels.offset + 3 * i * stride;
+      const auto step = [&](auto inputs) __attribute__((always_inline)) {
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) asm volatile("" : "+r"(p[i]));
+        MNV2_UNROLL for (int j = 0; j < inputs.value; ++j) {
+          V b[N];
+          MNV2_UNROLL for (int n = 0; n < N; ++n) {
+            b[n] = j == 0 ? Isa::low(Isa::load(w + n * kLanes)) : Isa::high(Isa::load(w + n * kLanes));
+            asm volatile("" : "+x"(b[n]));
+          }
+          MNV2_UNROLL for (int m = 0; m < M; ++m) {
+            const V a = Isa::broadcast_load(p[m / 3] + (m % 3) * stride + j);
+            MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::fmadd(a, b[n], acc[m][n]);
+          }
+        }
+        w += N * kLanes;
+        __builtin_prefetch(ahead);
+        ahead += ahead_step;
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += inputs.value;
+      };
+      for (int k = pixels.k; k >= 2; k -= 2) step(Count<2>());
+      if (pixels.k % 2) step(Count<1>());
+    }
+    MNV2_UNROLL for (int m = 0; m < M; ++m) done(m);
+  }
+
   template <int M, int N>
   static MNV2_INLINE void begin(V (&acc)[M][N], const T* bias) {
     MNV2_UNROLL for (int n = 0; n < N; ++n) {
@@ -195,7 +241,15 @@ struct Forward {
       V acc[M][N];
       begin<M, N>(acc, bias);
       multiply<M, N>(acc, pixels, w, out);
-      finish<M, N>(acc, out);
+      if constexpr (kWide && !std::is_same_v<Y, T>) {
+        // By way of memory: what rounds needs registers, and the compiler would take them from the loop above.
+        V sums[M][N];
+        __builtin_memcpy(sums, acc, sizeof(sums));
+        asm volatile("" : "+m"(sums));
+        finish<M, N>(sums, out);
+      } else {
+        finish<M, N>(acc, out);
+      }
     }
 
     template <int M, int N>
@@ -342,7 +396,7 @@ struct Forward {
     int64_t d_row, d_column;  // strides
     int dilation;
   };
-  using Filter = FilterTo<X>;
+  using Filter = FilterTo<Operand>;
 
   // The constants of one vector of channels, kept in registers along a row, where there are enough of them.
   struct Taps {
@@ -497,22 +551,22 @@ struct Forward {
   struct ImageRows {
     const Step& s;
     const Image& image;
-    const X* zeros;
-    X* ring;
+    const Operand* zeros;
+    Operand* ring;
     int length, filled = 0;
     static constexpr int kRing = 4;
 
     ImageRows(const Step& step, const Image& source, T* scratch, const T* zero)
         : s(step),
           image(source),
-          zeros(reinterpret_cast<const X*>(zero)),
-          ring(reinterpret_cast<X*>(scratch)),
+          zeros(reinterpret_cast<const Operand*>(zero)),
+          ring(reinterpret_cast<Operand*>(scratch)),
           length(step.conv_pad_left + step.image_width + step.conv_pad_right) {}
 
-    X* at(int channel, int row) { return ring + int64_t(channel * kRing + row % kRing) * length; }
+    Operand* at(int channel, int row) { return ring + int64_t(channel * kRing + row % kRing) * length; }
 
     // The runs of the 3x3 for row `row` of its output.
-    void segments(int row, const X** segment) {
+    void segments(int row, const Operand** segment) {
       const int top = row * s.conv_stride - s.conv_pad_top;
       for (int y = max(max(top, 0), filled); y < min(top + 3, s.image_height); ++y) fill(y);
       filled = max(filled, top + 3);
@@ -539,25 +593,37 @@ struct Forward {
     template <class From>
     void fill(const From* from, int c, int row) {
       from += c * image.stride_channel + row * image.stride_row;
-      X* to = at(c, row);
-      for (int i = 0; i < s.conv_pad_left; ++i) to[i] = X{};
+      Operand* to = at(c, row);
+      for (int i = 0; i < s.conv_pad_left; ++i) to[i] = Operand{};
       to += s.conv_pad_left;
       if (image.stride_column == 1) {
         copy(from, to);
       } else {
-        for (int i = 0; i < s.image_width; ++i) to[i] = narrowed(from[i * image.stride_column]);
+        for (int i = 0; i < s.image_width; ++i) to[i] = operand(narrowed(from[i * image.stride_column]));
       }
-      for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = X{};
+      for (int i = 0; i < s.conv_pad_right; ++i) to[s.image_width + i] = Operand{};
       if (row + s.conv_stride < s.image_height) fetch_row(from + s.conv_stride * image.stride_row);
     }
 
-    void copy(const X* from, X* to) const { __builtin_memcpy(to, from, sizeof(X) * s.image_width); }
-    template <class Wide>
-    void copy(const Wide* from, X* to) const {
-      int i = 0;
-      for (; i + kLanes <= s.image_width; i += kLanes) Isa::store(to + i, Isa::load(from + i));
-      const int rest = s.image_width - i;
-      if (rest > 0) Isa::store_n(to + i, Isa::load_n(from + i, rest), rest);
+    template <class From>
+    void copy(const From* from, Operand* to) const {
+      if constexpr (std::is_same_v<From, Operand> && !kWide) {
+        __builtin_memcpy(to, from, sizeof(From) * s.image_width);
+      } else if constexpr (kWide) {
+        for (int i = 0; i < s.image_width; ++i) to[i] = operand(narrowed(from[i]));
+      } else {
+        int i = 0;
+        for (; i + kLanes <= s.image_width; i += kLanes) Isa::store(to + i, Isa::load(from + i));
+        const int rest = s.image_width - i;
+        if (rest > 0) Isa::store_n(to + i, Isa::load_n(from + i, rest), rest);
+      }
+    }
+    static Operand operand(X value) {
+      if constexpr (kWide) {
+        return widen(value);
+      } else {
+        return value;
+      }
     }
     static X narrowed(X value) { return value; }
     template <class Wide>
@@ -578,7 +644,7 @@ struct Forward {
                    int row0, int row1) {
     const T* packed = static_cast<const T*>(packed_);
     T* scratch = static_cast<T*>(scratch_);
-    const X** segment = reinterpret_cast<const X**>(scratch + s.rows_offset);
+    const Operand** segment = reinterpret_cast<const Operand**>(scratch + s.rows_offset);
     ImageRows rows(s, image, scratch + s.image_offset, static_cast<const T*>(zeros_));
     const int k = s.image_channels * 3 * slots(3);
     for (int row = row0; row < row1; ++row) {
@@ -601,9 +667,9 @@ struct Forward {
     const T* zeros = static_cast<const T*>(zeros_);
     T* scratch = static_cast<T*>(scratch_);
     T* ring = scratch;
-    X* d = reinterpret_cast<X*>(scratch + s.d_offset);
+    Operand* d = reinterpret_cast<Operand*>(scratch + s.d_offset);
     T* sums = static_cast<T*>(partial_ ? partial_ : kSlot == 1 ? y_ : scratch + s.sums_offset);
-    const X** segment = reinterpret_cast<const X**>(scratch + s.rows_offset);
+    const Operand** segment = reinterpret_cast<const Operand**>(scratch + s.rows_offset);
     const T** rows = reinterpret_cast<const T**>(segment + s.image_channels * 3 + 1);
     const int ring_pixels = s.ring_rows * s.width;
     const int64_t ring_row = int64_t(s.row_length) * kPanel, ring_panel = s.ring_rows * ring_row;
@@ -633,11 +699,14 @@ struct Forward {
             // With `whole` a second panel would overwrite the first: schedule.cpp gives the stem a ring of all panels.
           }
         }
+        if (s.source == Step::kExpand) {
+          segment[0] = operands(x + int64_t(h0) * s.width * s.in_channels, int64_t(h1 - h0) * s.width * s.in_channels,
+                                scratch + s.operands_offset);
+        }
         for (int c = c0; c < c1; c += kPanel) {
           T* h = ring + (s.whole ? 0 : (c - c0) / kPanel * ring_panel);
           const int channels = min(kPanel, c1 - c);
           if (s.source == Step::kExpand) {
-            segment[0] = x + int64_t(h0) * s.width * s.in_channels;
             const bool more = c + kPanel < c1;
             const T* ahead = nullptr;
             int64_t ahead_size = 0;
@@ -646,7 +715,7 @@ struct Forward {
                            : packed + s.project_weight + int64_t(c0 / kSlot) * min(kPanel, s.out_channels);
               ahead_size = int64_t(kPanel) * slots(more ? s.in_channels : c1 - c0);
             } else if (!more) {  // what the next stripe reads
-              ahead = reinterpret_cast<const T*>(segment[0] + int64_t(h1 - h0) * s.width * s.in_channels);
+              ahead = reinterpret_cast<const T*>(x + int64_t(h1) * s.width * s.in_channels);
               ahead_size = int64_t(min(s.stripe * s.stride, s.height - h1)) * s.width * s.in_channels / kSlot;
             }
             if (s.whole) {
@@ -721,8 +790,20 @@ struct Forward {
     }
   }
 
+  // `count` values as tiles read them: where they are, or widened at `to`.
+  static const Operand* operands(const X* x, int64_t count, T* to) {
+    if constexpr (kWide) {
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) Isa::store(to + i, Isa::load(x + i));
+      for (; i < count; ++i) to[i] = widen(x[i]);
+      return to;
+    } else {
+      return x;
+    }
+  }
+
   // `count` pixels of h from ring pixel `first` on, around the end of the ring where they reach it.
-  static void expand(const Step& s, const X* const* segment, const T* w, const T* bias, T* h, int first,
+  static void expand(const Step& s, const Operand* const* segment, const T* w, const T* bias, T* h, int first,
                      int ring_pixels, int count, int channels, const T* ahead, int64_t ahead_size) {
     // The offsets table goes a tile beyond the ring's end, so only whole runs up to there need a cut.
     Pixels pixels = {segment, 1, s.in_channels, 0, s.in_channels};
@@ -783,10 +864,12 @@ struct Forward {
 
   // ------------------------------------------------------------------------------------------ head, classifier
 
-  static void pointwise(const Step& s, const void* packed_, const void* x_, void* y_, int panel0, int panel1) {
+  static void pointwise(const Step& s, const void* packed_, const void* x_, void* y_, void* scratch, int panel0,
+                        int panel1) {
     const T* packed = static_cast<const T*>(packed_);
-    const X* segment[1] = {static_cast<const X*>(x_)};
     const int pixels = s.height * s.width;
+    const Operand* segment[1] = {operands(static_cast<const X*>(x_), int64_t(pixels) * s.in_channels,
+                                          static_cast<T*>(scratch) + s.operands_offset)};
     for (int n = panel0 * kPanel; n < min(panel1 * kPanel, s.out_channels); n += kPanel) {
       const int channels = min(kPanel, s.out_channels - n);
       X* y = static_cast<X*>(y_) + n;

@@ -36,7 +36,7 @@ struct Int8 {
   static constexpr int kTileN = 2;            // vectors of output channels of a matrix tile
   static constexpr int kPanel = kTileN * kLanes;
   static constexpr int kQuad = 4;  // rows
-  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, 4, false};
+  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, 4, false, false};
 
   static int ceil_div(int a, int b) { return (a + b - 1) / b; }
   static int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -683,7 +683,7 @@ struct Int8 {
 
   // ------------------------------------------------------------------------------------------ head, classifier
 
-  static void pointwise(const Step& s, const void* packed_, const void* x, void* y, int panel0, int panel1) {
+  static void pointwise(const Step& s, const void* packed_, const void* x, void* y, void*, int panel0, int panel1) {
     const uint32_t* packed = static_cast<const uint32_t*>(packed_);
     const float* k = constants(packed, s.constants);
     const int pixel_count = s.height * s.width, x_stride = round_up(s.in_channels, 4);

@@ -147,7 +147,7 @@ struct Runner {
         case Layer::kPointwise:
           phase(slices, [&](int t) {
             const Slice panels = slice_of(s, kernel.tiles, 0, t, slices);
-            kernel.pointwise(s, call.packed, x, y, panels.begin, panels.end);
+            kernel.pointwise(s, call.packed, x, y, scratch(worker), panels.begin, panels.end);
           });
           break;
         case Layer::kPool:

@@ -20,7 +20,7 @@ struct Plain {
   static constexpr bool kEvenTiles = false;
   static constexpr int kDepthwiseRows = 1, kDepthwiseColumns = 2;
   static constexpr bool kTapsInRegisters = true;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kWide = false;
   static constexpr int kRegisters = 16;
   static constexpr int kStreams = 2;
   static constexpr int kLastSteps = 0;

@@ -32,6 +32,8 @@ struct Resolver {
 
   // That many values of an activation, or of a sum, in elements of sums.
   int64_t slots(int64_t values) const { return ceil_div(values, tiles.slot); }
+  // The same of an activation that tiles multiply.
+  int64_t operands(int64_t values) const { return tiles.wide ? values : slots(values); }
 
   // Claims a convolution's place: weight, k slots for each output, then bias.
   void place(int64_t n, int64_t k, int64_t* weight, int64_t* bias) {
@@ -69,17 +71,18 @@ struct Resolver {
     if (n > INT32_MAX) throw std::length_error("x is too large: its rows or its pixels do not fit into 2^31 elements");
   }
 
-  // Scratch: ring of h | d | row pointers | image rows | sums.
-  void lay_out_scratch(Step& step, int64_t ring, int64_t d, int64_t pointers) {
+  // Scratch: ring of h | d | row pointers | image rows | sums | x widened, `x` values of it at once.
+  void lay_out_scratch(Step& step, int64_t ring, int64_t d, int64_t pointers, int64_t x = 0) {
     step.d_offset = round_up(ring, tiles.lanes);
-    step.rows_offset = step.d_offset + round_up(slots(d), 16);
+    step.rows_offset = step.d_offset + round_up(operands(d), 16);
     step.image_offset = step.rows_offset + round_up(pointers * 8 / element_size() + 1, 16);
     const int64_t image_row = step.conv_pad_left + step.image_width + step.conv_pad_right;
-    need_zeros(slots(image_row));
-    step.sums_offset = round_up(step.image_offset + slots(step.image_channels * 4 * image_row), 16);
+    need_zeros(operands(image_row));
+    step.sums_offset = round_up(step.image_offset + operands(step.image_channels * 4 * image_row), 16);
     const bool sums = tiles.slot > 1 && step.groups > 1;
-    step.scratch_size = step.sums_offset;
-    if (sums) step.scratch_size += round_up(int64_t(step.out_height) * step.out_width * step.out_channels, 16);
+    step.operands_offset = step.sums_offset;
+    if (sums) step.operands_offset += round_up(int64_t(step.out_height) * step.out_width * step.out_channels, 16);
+    step.scratch_size = step.operands_offset + (tiles.wide ? round_up(x, 16) : 0);
     program.scratch_size = std::max(program.scratch_size, step.scratch_size);
   }
 
@@ -176,7 +179,8 @@ struct Resolver {
     const int64_t panels = step.whole ? 1 : step.panels;
     const int64_t ring = panels * step.ring_rows * step.row_length * panel;
     const int64_t d = int64_t(step.stripe) * step.out_width * step.d_stride;
-    lay_out_scratch(step, ring, d, step.image_channels * 3 + 1 + rows(step.stripe));
+    const int64_t x = step.source == Step::kExpand ? step.ring_rows * int64_t(step.width) * step.in_channels : 0;
+    lay_out_scratch(step, ring, d, step.image_channels * 3 + 1 + rows(step.stripe), x);
     need_zeros(step.row_length * panel);
     check_count(int64_t(step.ring_rows) * step.row_length * panel);
     if (step.groups > 1) {
@@ -285,6 +289,7 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
       case Layer::kPointwise:
         resolver.place(step.out_channels, resolver.slots(step.in_channels), &step.project_weight, &step.project_bias);
         resolver.place_constants(&step.constants);
+        if (!resolver.int8()) resolver.lay_out_scratch(step, 0, 0, 0, height * width * step.in_channels);
         if (next_pools && layer->relu6) {
           step.pooled = true;
           resolver.place_constants(&step.pool_constants);
