@@ -112,11 +112,14 @@ struct Int8 {
           }
           w += N * kStepLanes;
         }
-        MNV2_UNROLL for (int r = 0; r < R; ++r) p[r] += kStep * count.value;
+        MNV2_UNROLL for (int r = 0; r < R; ++r) {
+          p[r] += kStep * count.value;
+          if constexpr (kWide) asm volatile("" : "+r"(p[r]));  // or GCC adds to them in a vector
+        }
       };
-      int k = rows.k * kSteps;
-      for (; k >= 2; k -= 2) steps(Count<2>());
-      if (k) steps(Count<1>());
+      int k = rows.k;
+      for (; k >= 2; k -= 2) steps(Count<2 * kSteps>());
+      if (k) steps(Count<kSteps>());
     }
     MNV2_UNROLL for (int n = 0; n < N; ++n) {
       const F m = Isa::load_floats(conv.multiplier + n * kLanes);
@@ -209,11 +212,14 @@ struct Int8 {
           }
           w += N * kStepLanes;
         }
-        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += kStep * count.value;
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) {
+          p[i] += kStep * count.value;
+          if constexpr (kWide) asm volatile("" : "+r"(p[i]));
+        }
       };
-      int k = pixels.k * kSteps;
-      for (; k >= 2; k -= 2) steps(Count<2>());
-      if (k) steps(Count<1>());
+      int k = pixels.k;
+      for (; k >= 2; k -= 2) steps(Count<2 * kSteps>());
+      if (k) steps(Count<kSteps>());
     }
   }
 
