@@ -61,22 +61,27 @@ struct Int8Avx2 {
   }
   static V quad_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static A quads(const uint8_t* p) { return activations(quad_bytes(p)); }
-  // The lower two rows of each quad at q0 with the upper two of that at q1.
+  // The lower two rows of each quad at q0 with the upper two of that at q1, which stay where they are: before them.
   static A quads_between(const uint8_t* q0, const uint8_t* q1) {
-    return activations(_mm256_or_si256(_mm256_srli_epi32(quad_bytes(q0), 16), _mm256_slli_epi32(quad_bytes(q1), 16)));
+    return activations(_mm256_blend_epi16(quad_bytes(q1), quad_bytes(q0), 0xaa));
   }
   static W halves(V bytes) { return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)}; }
   static W taps(const uint32_t* p) { return halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // From (w0, w2) and (w1, 0) to (0, w1) and (w0, w2): 9 vectors for two rows of outputs, with 4 sums, a quad's halves
+  // and a product all 16 registers.
   static W taps_below(const uint32_t* p) {
-    return halves(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 8));
+    const W above = taps(p);
+    return {_mm256_slli_epi32(above.odd, 16), above.even};
   }
+  // In the order of quads_between.
+  static W between(W w) { return {swapped(w.even), swapped(w.odd)}; }
   static __m256i weights(const uint32_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   // Not the intrinsics: GCC 12 adds the products of a sum to each other first, and has no registers left for them.
   static V dot(V sum, __m256i a, __m256i w) {
     __m256i product;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(w));
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "xm"(w));
     return sum;
   }
   static V dot(V sum, A a, W w) { return dot(dot(sum, a.even, w.even), a.odd, w.odd); }
@@ -139,6 +144,8 @@ struct Int8Avx2 {
   }
 
  private:
+  // The 16-bit halves of each lane.
+  static __m256i swapped(__m256i v) { return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(v, 0xb1), 0xb1); }
   // The first n lanes: eight from the middle of eight ones and eight zeros.
   static __m256i mask(int n) {
     alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};

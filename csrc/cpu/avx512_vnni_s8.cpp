@@ -49,6 +49,7 @@ struct Vnni {
   static W weights(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static W taps(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static W taps_below(const uint32_t* p) { return _mm512_slli_epi32(taps(p), 8); }
+  static W between(W w) { return w; }
   // Not the intrinsic: GCC 12 takes its sums for other vectors than those of a loop, and stores and loads them at every
   // step.
   static V dot(V sum, A a, W w) {

@@ -98,7 +98,10 @@ struct Int8 {
     const uint32_t* w = conv.w;
     for (int s = 0; s < rows.segments; ++s) {
       const X* p[R];
-      MNV2_UNROLL for (int r = 0; r < R; ++r) p[r] = rows.row[s][r] + offset;
+      MNV2_UNROLL for (int r = 0; r < R; ++r) {
+        p[r] = rows.row[s][r] + offset;
+        if constexpr (kWide) asm volatile("" : "+r"(p[r]));  // or GCC keeps them in a vector, and that in memory
+      }
       const auto steps = [&](auto count) __attribute__((always_inline)) {
         MNV2_UNROLL for (int r = 0; r < R; ++r) asm volatile("" : "+r"(p[r]));
         MNV2_UNROLL for (int j = 0; j < count.value; ++j) {
@@ -114,7 +117,7 @@ struct Int8 {
         }
         MNV2_UNROLL for (int r = 0; r < R; ++r) {
           p[r] += kStep * count.value;
-          if constexpr (kWide) asm volatile("" : "+r"(p[r]));  // or GCC adds to them in a vector
+          if constexpr (kWide) asm volatile("" : "+r"(p[r]));
         }
       };
       int k = rows.k;
@@ -402,6 +405,8 @@ struct Int8 {
     MNV2_UNROLL for (int kx = 0; kx < 3; ++kx) {
       w[0][kx] = Isa::taps(f.w + kx * kLanes);
       if constexpr (R == 2) w[1][kx] = Rows == 1 ? Isa::taps_below(f.w + kx * kLanes) : w[0][kx];
+      if constexpr (H) w[0][kx] = Isa::between(w[0][kx]);
+      if constexpr (R == 2 && (H || Rows == 2)) w[1][kx] = Isa::between(w[1][kx]);
     }
     const V bias = Isa::load(f.bias);
     const F multiplier = Isa::load_floats(f.multiplier);

@@ -97,6 +97,7 @@ struct Plain {
     }
     return w;
   }
+  static W between(W w) { return w; }
   static V dot(V sum, A a, W w) {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = 0; j < 4; ++j) sum.lane[i] += a.byte[i][j] * w.byte[i][j];
