@@ -26,6 +26,7 @@ struct Int8Avx2 {
   static constexpr int kTileM = 6;
   // Pixels that are widened in the tile: 8 accumulators, and an order of bytes beside the above.
   static constexpr int kByteTileM = 4;
+  static_assert(2 * kTileM + 2 + 2 <= 16 && 2 * kByteTileM + 2 + 3 <= 16);
   static constexpr int kQuadColumns = 1;
   static constexpr int kDepthwiseColumns = 2;
   static constexpr int kStreams = 4;

@@ -98,26 +98,29 @@ struct Int8 {
     const uint32_t* w = conv.w;
     for (int s = 0; s < rows.segments; ++s) {
       const X* p[R];
-      MNV2_UNROLL for (int r = 0; r < R; ++r) {
-        p[r] = rows.row[s][r] + offset;
-        if constexpr (kWide) asm volatile("" : "+r"(p[r]));  // or GCC keeps them in a vector, and that in memory
-      }
+      MNV2_UNROLL for (int r = 0; r < R; ++r) p[r] = rows.row[s][r] + offset;
+      int64_t at = 0;  // beside the pointers where kWide: GCC would add to them in memory
       const auto steps = [&](auto count) __attribute__((always_inline)) {
-        MNV2_UNROLL for (int r = 0; r < R; ++r) asm volatile("" : "+r"(p[r]));
+        if constexpr (kWide) {
+          asm volatile("" : "+r"(at));
+        } else {
+          MNV2_UNROLL for (int r = 0; r < R; ++r) asm volatile("" : "+r"(p[r]));
+        }
         MNV2_UNROLL for (int j = 0; j < count.value; ++j) {
           B b[N];
           MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::weights(w + n * kStepLanes);
           MNV2_UNROLL for (int r = 0; r < R; ++r) {
             MNV2_UNROLL for (int c = 0; c < C; ++c) {
-              const auto a = Isa::broadcast(p[r] + c * stride + kStep * j);
+              const auto a = Isa::broadcast(p[r] + at + c * stride + kStep * j);
               MNV2_UNROLL for (int n = 0; n < N; ++n) acc[r][c][n] = Isa::dot(acc[r][c][n], a, b[n]);
             }
           }
           w += N * kStepLanes;
         }
-        MNV2_UNROLL for (int r = 0; r < R; ++r) {
-          p[r] += kStep * count.value;
-          if constexpr (kWide) asm volatile("" : "+r"(p[r]));
+        if constexpr (kWide) {
+          at += kStep * count.value;
+        } else {
+          MNV2_UNROLL for (int r = 0; r < R; ++r) p[r] += kStep * count.value;
         }
       };
       int k = rows.k;
