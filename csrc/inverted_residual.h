@@ -71,7 +71,7 @@ struct Step {
   int64_t d_offset, rows_offset, image_offset, sums_offset, scratch_size;
 
   // Of an int8 row, see there: ring_rows counts quads of rows.
-  int image_ring;                                      // rows of the image that are kept as bytes
+  int image_ring;                                      // rows of the quantised image that are kept
   int64_t constants, image_constants, pool_constants;  // offsets in the packed weights
   bool to_float;                                       // the mean is the result
   int64_t wide_offset;                                 // in scratch: rows of x in 16 bits, where tiles are wide
