@@ -73,7 +73,7 @@ struct Step {
   int64_t d_offset, rows_offset, image_offset, sums_offset, operands_offset, scratch_size;
 
   // Of an int8 row, see there: ring_rows counts quads of rows.
-  int image_ring;                                      // rows of the image that are kept as bytes
+  int image_ring;                                      // rows of the quantised image that are kept
   int64_t constants, image_constants, pool_constants;  // offsets in the packed weights
   bool to_float;                                       // the mean is the result
 };
@@ -116,7 +116,7 @@ struct Tiles {
   int lanes, panel, tile_m;
   int slot;    // values of a sum in one slot
   bool pairs;  // has the tile for paired panels
-  bool wide;   // multiplies widened activations: the matrix alone is in slots
+  bool wide;   // multiplies widened activations, float32 or of an int8 row 16 bits
 };
 
 // Whether the last panel of a projection is stored as [k / 2][3][lanes / 2 channels][2]: three vectors that each hold
@@ -181,8 +181,10 @@ constexpr int kMomentPixels = 256;
 // float32, activations bytes, weights signed bytes, sums int32; a pixel's channels are rounded up to slots of 4 bytes,
 // in which offsets and sizes of weights and of working memory count. A convolution is packed as above with a slot for 4
 // inputs, the rest of the last one 0; that of a 3x3 over the image for up to 4 channels of a tap, K running over (ky,
-// kx, channel); a depthwise one is [C / lanes][kx][lanes] slots (w0, w1, w2, 0). The biases follow, then as many
-// float32 multipliers. All of them begin at cache lines. After those of a layer come four float32 constants:
+// kx, channel); a depthwise one is [C / lanes][kx][lanes] slots (w0, w1, w2, 0). Where tiles are wide, a slot of a
+// panel is cut into two of two inputs; and activations in working memory, the ring of h excepted, have 16 bits. The
+// biases follow, then as many float32 multipliers. All of them begin at cache lines. After those of a layer come four
+// float32 constants:
 //   dense 3x3: 1 / scale and zero point of the image, offset of y (0 with a ReLU6)
 //   block: zero point of x, the residual's multiplier, offset of y        1x1: -, -, offset of y
 //   mean: zero point of x, multiplier, zero point of y

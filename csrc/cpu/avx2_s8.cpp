@@ -9,8 +9,8 @@ namespace {
 #include "int8-inl.h"
 
 // AVX2's product of unsigned and signed bytes, vpmaddubsw, saturates its sums of two. Here bytes are widened to 16 bits
-// and multiplied by vpmaddwd, whose sums of two are exact: the even bytes of each lane and the odd ones in vectors of
-// their own, which two shifts make of a lane's four.
+// and multiplied by vpmaddwd, whose sums of two are exact. A tile takes the first two bytes of a slot, then the last
+// two; the depthwise filter the even bytes of each lane and the odd ones, which two shifts make of a lane's four.
 struct Int8Avx2 {
   struct Halves {
     __m256i even, odd;
@@ -19,10 +19,14 @@ struct Int8Avx2 {
   using F = __m256;
   using A = Halves;
   using W = Halves;
+  using X = uint16_t;
   using Interleave = __m256i;
   static constexpr int kLanes = 8;
-  // 8 accumulators, 4 halves of weights, 2 of the broadcast pixel: 14 of 16 registers.
-  static constexpr int kTileM = 4;
+  // 12 accumulators, 2 vectors of weights, the broadcast pixel and a product: all 16 registers.
+  static constexpr int kTileM = 6;
+  // Pixels that are widened in the tile: 8 accumulators, and an order of bytes beside the above.
+  static constexpr int kByteTileM = 4;
+  static_assert(2 * kTileM + 2 + 2 <= 16 && 2 * kByteTileM + 2 + 3 <= 16);
   static constexpr int kQuadColumns = 1;
   static constexpr int kDepthwiseColumns = 2;
   static constexpr int kStreams = 4;
@@ -46,25 +50,42 @@ struct Int8Avx2 {
   static A activations(V bytes) {
     return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
   }
-  static A broadcast(const uint8_t* p) {
-    int32_t slot;
-    __builtin_memcpy(&slot, p, 4);
-    return activations(_mm256_set1_epi32(slot));
+  static __m256i broadcast(const uint16_t* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return _mm256_set1_epi32(two);
+  }
+  static __m256i broadcast(const uint8_t* p) {
+    int16_t two;
+    __builtin_memcpy(&two, p, 2);
+    return _mm256_shuffle_epi8(_mm256_set1_epi16(two), _mm256_set1_epi32(int(0x80018000)));
   }
   static V quad_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static A quads(const uint8_t* p) { return activations(quad_bytes(p)); }
-  // The lower two rows of each quad at q0 with the upper two of that at q1.
+  // The lower two rows of each quad at q0 with the upper two of that at q1, which stay where they are: before them.
   static A quads_between(const uint8_t* q0, const uint8_t* q1) {
-    return activations(_mm256_or_si256(_mm256_srli_epi32(quad_bytes(q0), 16), _mm256_slli_epi32(quad_bytes(q1), 16)));
+    return activations(_mm256_blend_epi16(quad_bytes(q1), quad_bytes(q0), 0xaa));
   }
   static W halves(V bytes) { return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)}; }
-  static W weights(const uint32_t* p) { return halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static W weights_below(const uint32_t* p) {
-    return halves(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 8));
+  static W taps(const uint32_t* p) { return halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // From (w0, w2) and (w1, 0) to (0, w1) and (w0, w2): 9 vectors for two rows of outputs, with 4 sums, a quad's halves
+  // and a product all 16 registers.
+  static W taps_below(const uint32_t* p) {
+    const W above = taps(p);
+    return {_mm256_slli_epi32(above.odd, 16), above.even};
   }
-  static V dot(V sum, A a, W w) {
-    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(a.even, w.even), _mm256_madd_epi16(a.odd, w.odd)));
+  // In the order of quads_between.
+  static W between(W w) { return {swapped(w.even), swapped(w.odd)}; }
+  static __m256i weights(const uint32_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  // Not the intrinsics: GCC 12 adds the products of a sum to each other first, and has no registers left for them.
+  static V dot(V sum, __m256i a, __m256i w) {
+    __m256i product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "xm"(w));
+    return sum;
+  }
+  static V dot(V sum, A a, W w) { return dot(dot(sum, a.even, w.even), a.odd, w.odd); }
 
   static V add(V a, V b) { return _mm256_add_epi32(a, b); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -98,17 +119,34 @@ struct Int8Avx2 {
   static void store_quad(uint8_t* p, const V (&v)[4], Interleave interleave) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(pack(v), interleave));
   }
-  // Each vector as bytes to its own place, the first n of them.
-  static MNV2_INLINE void store_pixels(uint8_t* const (&to)[4], const V (&v)[4], int n) {
-    const V bytes = _mm256_permutevar8x32_epi32(pack(v), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to[0]), low);
-    if (n > 1) _mm_storel_epi64(reinterpret_cast<__m128i*>(to[1]), _mm_unpackhi_epi64(low, low));
-    if (n > 2) _mm_storel_epi64(reinterpret_cast<__m128i*>(to[2]), high);
-    if (n > 3) _mm_storel_epi64(reinterpret_cast<__m128i*>(to[3]), _mm_unpackhi_epi64(high, high));
+  // Of each lane a slot of v[0], v[1], ...
+  static void store_slots(uint16_t* p, const V (&v)[4]) {
+    uint8_t bytes[4 * kLanes];
+    store_quad(bytes, v, interleave(0, 4));
+    widen(bytes, 4 * kLanes, p);
+  }
+  // Each vector as values of 16 bits to its own place, the first n of them.
+  static MNV2_INLINE void store_pixels(uint16_t* const (&to)[4], const V (&v)[4], int n) {
+    MNV2_UNROLL for (int i = 0; i < n; i += 2) {
+      const V packed = _mm256_min_epu16(_mm256_packus_epi32(v[i], v[i + 1]), _mm256_set1_epi16(255));
+      const V words = _mm256_permute4x64_epi64(packed, 0xd8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to[i]), _mm256_castsi256_si128(words));
+      if (n > i + 1) _mm_storeu_si128(reinterpret_cast<__m128i*>(to[i + 1]), _mm256_extracti128_si256(words, 1));
+    }
+  }
+  // A multiple of 4 activations.
+  static void widen(const uint8_t* from, int64_t count, uint16_t* to) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepu8_epi16(bytes));
+    }
+    for (; i < count; ++i) to[i] = from[i];
   }
 
  private:
+  // The 16-bit halves of each lane.
+  static __m256i swapped(__m256i v) { return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(v, 0xb1), 0xb1); }
   // The first n lanes: eight from the middle of eight ones and eight zeros.
   static __m256i mask(int n) {
     alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};

@@ -17,10 +17,11 @@ struct Vnni {
   using F = __m512;
   using A = __m512i;
   using W = __m512i;
+  using X = uint8_t;
   using Interleave = __m512i;
   static constexpr int kLanes = 16;
   // 28 accumulators, 2 weight vectors and the broadcast pixel, whose bytes must come in a register of their own: 31.
-  static constexpr int kTileM = 14;
+  static constexpr int kTileM = 14, kByteTileM = kTileM;
   // 4 rows x 3 columns x 2 vectors: 24 accumulators.
   static constexpr int kQuadColumns = 3;
   // 2 rows x 8 columns: 16 accumulators, 6 weights, a quad, bias and multiplier.
@@ -46,7 +47,9 @@ struct Vnni {
     return _mm512_or_si512(_mm512_srli_epi32(quads(q0), 16), _mm512_slli_epi32(quads(q1), 16));
   }
   static W weights(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static W weights_below(const uint32_t* p) { return _mm512_slli_epi32(weights(p), 8); }
+  static W taps(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static W taps_below(const uint32_t* p) { return _mm512_slli_epi32(taps(p), 8); }
+  static W between(W w) { return w; }
   // Not the intrinsic: GCC 12 takes its sums for other vectors than those of a loop, and stores and loads them at every
   // step.
   static V dot(V sum, A a, W w) {
@@ -82,6 +85,8 @@ struct Vnni {
   static void store_quad(uint8_t* p, const V (&v)[4], Interleave interleave) {
     _mm512_storeu_si512(p, _mm512_shuffle_epi8(pack(v), interleave));
   }
+  // Of each lane a slot of v[0], v[1], ...
+  static void store_slots(uint8_t* p, const V (&v)[4]) { store_quad(p, v, interleave(0, 4)); }
   // Each vector as bytes to its own place, the first n of them.
   static MNV2_INLINE void store_pixels(uint8_t* const (&to)[4], const V (&v)[4], int n) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

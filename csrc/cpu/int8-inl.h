@@ -8,6 +8,10 @@
 // w0, w1, w2) for the next; and the quad two rows further down is the upper half of one and the lower half of the next.
 // Four rows at once come for free out of the expansion: its tile is of four rows, and the packing of their sums to
 // bytes leaves them in one vector.
+//
+// An ISA without a dot product of four bytes multiplies in 16 bits, and takes a slot in two steps of two values. Its
+// tiles read activations that are that wide already, Isa::X, so that no tile widens what another one has widened
+// before: d and the rows of the image are written so, and x is copied for the rows that a stripe needs.
 #define MNV2_INLINE inline __attribute__((always_inline))
 #define MNV2_UNROLL _Pragma("GCC unroll 32")
 
@@ -27,16 +31,22 @@ struct alignas(16) InterleaveBytes {
 
 template <class Isa>
 struct Int8 {
-  using V = typename Isa::V;  // 32-bit sums
-  using F = typename Isa::F;  // float32
-  using A = typename Isa::A;  // activations, four bytes for each lane
-  using W = typename Isa::W;  // weights, likewise
+  using V = typename Isa::V;                  // 32-bit sums
+  using F = typename Isa::F;                  // float32
+  using A = typename Isa::A;                  // activations, four bytes for each lane
+  using W = typename Isa::W;                  // taps of a depthwise filter, likewise
+  using B = decltype(Isa::weights(nullptr));  // weights of a step of a tile
+  using X = typename Isa::X;                  // an activation in scratch
   static constexpr int kLanes = Isa::kLanes;
-  static constexpr int kTileM = Isa::kTileM;  // pixels of a matrix tile
-  static constexpr int kTileN = 2;            // vectors of output channels of a matrix tile
+  static constexpr bool kWide = sizeof(X) > 1;
+  static constexpr int kSteps = kWide ? 2 : 1;        // of a tile for a slot
+  static constexpr int kStep = 4 / kSteps;            // activations of one
+  static constexpr int kStepLanes = kLanes / kSteps;  // slots of weights of one
+  static constexpr int kTileM = Isa::kTileM;          // pixels of a matrix tile
+  static constexpr int kTileN = 2;                    // vectors of output channels of a matrix tile
   static constexpr int kPanel = kTileN * kLanes;
   static constexpr int kQuad = 4;  // rows
-  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, 4, false, false};
+  static constexpr Tiles kTiles = {kLanes, kPanel, kTileM, 4, false, kWide};
 
   static int ceil_div(int a, int b) { return (a + b - 1) / b; }
   static int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -71,7 +81,7 @@ struct Int8 {
   // The inputs of a quad: `segments` runs of k slots (one for a 1x1, three for a dense 3x3), run s of column c of the
   // quad's i-th row beginning at row[s][i] + c * column_stride.
   struct QuadRows {
-    const uint8_t* row[3][kQuad];
+    const X* row[3][kQuad];
     int segments, k;
     int64_t column_stride;
     typename Isa::Interleave interleave;  // which of the quad's rows they are
@@ -87,26 +97,35 @@ struct Int8 {
     const int64_t stride = rows.column_stride;
     const uint32_t* w = conv.w;
     for (int s = 0; s < rows.segments; ++s) {
-      const uint8_t* p[R];
+      const X* p[R];
       MNV2_UNROLL for (int r = 0; r < R; ++r) p[r] = rows.row[s][r] + offset;
+      int64_t at = 0;  // beside the pointers where kWide: GCC would add to them in memory
       const auto steps = [&](auto count) __attribute__((always_inline)) {
-        MNV2_UNROLL for (int r = 0; r < R; ++r) asm volatile("" : "+r"(p[r]));
+        if constexpr (kWide) {
+          asm volatile("" : "+r"(at));
+        } else {
+          MNV2_UNROLL for (int r = 0; r < R; ++r) asm volatile("" : "+r"(p[r]));
+        }
         MNV2_UNROLL for (int j = 0; j < count.value; ++j) {
-          W b[N];
-          MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::weights(w + n * kLanes);
+          B b[N];
+          MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::weights(w + n * kStepLanes);
           MNV2_UNROLL for (int r = 0; r < R; ++r) {
             MNV2_UNROLL for (int c = 0; c < C; ++c) {
-              const A a = Isa::broadcast(p[r] + c * stride + 4 * j);
+              const auto a = Isa::broadcast(p[r] + at + c * stride + kStep * j);
               MNV2_UNROLL for (int n = 0; n < N; ++n) acc[r][c][n] = Isa::dot(acc[r][c][n], a, b[n]);
             }
           }
-          w += N * kLanes;
+          w += N * kStepLanes;
         }
-        MNV2_UNROLL for (int r = 0; r < R; ++r) p[r] += 4 * count.value;
+        if constexpr (kWide) {
+          at += kStep * count.value;
+        } else {
+          MNV2_UNROLL for (int r = 0; r < R; ++r) p[r] += kStep * count.value;
+        }
       };
       int k = rows.k;
-      for (; k >= 2; k -= 2) steps(Count<2>());
-      if (k) steps(Count<1>());
+      for (; k >= 2; k -= 2) steps(Count<2 * kSteps>());
+      if (k) steps(Count<kSteps>());
     }
     MNV2_UNROLL for (int n = 0; n < N; ++n) {
       const F m = Isa::load_floats(conv.multiplier + n * kLanes);
@@ -157,9 +176,11 @@ struct Int8 {
 
   // ------------------------------------------------------------------------------------------------- matrix tile
 
-  // Pixels as rows: K is `segments` runs of k slots, run s of pixel m beginning at segment[s] + m * pixel_stride.
+  // Pixels as rows: K is `segments` runs of k slots, run s of pixel m beginning at segment[s] + m * pixel_stride. T is
+  // X, or uint8_t of a narrow tensor that is read only here.
+  template <class T>
   struct Pixels {
-    const uint8_t* segment[3];
+    const T* segment[3];
     int segments, k;
     int64_t pixel_stride;
   };
@@ -174,8 +195,8 @@ struct Int8 {
     int tail;  // channels of the last vector
   };
 
-  template <int M, int N>
-  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels& pixels, const Convolution& conv) {
+  template <int M, int N, class T>
+  static MNV2_INLINE void multiply(V (&acc)[M][N], const Pixels<T>& pixels, const Convolution& conv) {
     constexpr int kPointers = (M + 2) / 3;  // [p], [p + stride], [p + 2 * stride]: 14 pixels need 5 registers
     MNV2_UNROLL for (int n = 0; n < N; ++n) {
       const V b = Isa::load(conv.bias + n * kLanes);
@@ -184,24 +205,27 @@ struct Int8 {
     const int64_t stride = pixels.pixel_stride;
     const uint32_t* w = conv.w;
     for (int s = 0; s < pixels.segments; ++s) {
-      const uint8_t* p[kPointers];
+      const T* p[kPointers];
       MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] = pixels.segment[s] + 3 * i * stride;
       const auto steps = [&](auto count) __attribute__((always_inline)) {
         MNV2_UNROLL for (int i = 0; i < kPointers; ++i) asm volatile("" : "+r"(p[i]));
         MNV2_UNROLL for (int j = 0; j < count.value; ++j) {
-          W b[N];
-          MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::weights(w + n * kLanes);
+          B b[N];
+          MNV2_UNROLL for (int n = 0; n < N; ++n) b[n] = Isa::weights(w + n * kStepLanes);
           MNV2_UNROLL for (int m = 0; m < M; ++m) {
-            const A a = Isa::broadcast(p[m / 3] + (m % 3) * stride + 4 * j);
+            const auto a = Isa::broadcast(p[m / 3] + (m % 3) * stride + kStep * j);
             MNV2_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = Isa::dot(acc[m][n], a, b[n]);
           }
-          w += N * kLanes;
+          w += N * kStepLanes;
         }
-        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) p[i] += 4 * count.value;
+        MNV2_UNROLL for (int i = 0; i < kPointers; ++i) {
+          p[i] += kStep * count.value;
+          if constexpr (kWide) asm volatile("" : "+r"(p[i]));
+        }
       };
       int k = pixels.k;
-      for (; k >= 2; k -= 2) steps(Count<2>());
-      if (k) steps(Count<1>());
+      for (; k >= 2; k -= 2) steps(Count<2 * kSteps>());
+      if (k) steps(Count<kSteps>());
     }
   }
 
@@ -215,8 +239,8 @@ struct Int8 {
 
   // Bytes of a narrow tensor.
   struct Narrow {
-    template <int M, int N>
-    static void tile(const Pixels& pixels, const Convolution& conv, const Outputs& out) {
+    template <int M, int N, class T>
+    static void tile(const Pixels<T>& pixels, const Convolution& conv, const Outputs& out) {
       V acc[M][N];
       multiply<M, N>(acc, pixels, conv);
       uint8_t* y = static_cast<uint8_t*>(out.y);
@@ -234,8 +258,8 @@ struct Int8 {
 
   // The sums themselves.
   struct Partial {
-    template <int M, int N>
-    static void tile(const Pixels& pixels, const Convolution& conv, const Outputs& out) {
+    template <int M, int N, class T>
+    static void tile(const Pixels<T>& pixels, const Convolution& conv, const Outputs& out) {
       V acc[M][N];
       multiply<M, N>(acc, pixels, conv);
       int32_t* y = static_cast<int32_t*>(out.y);
@@ -249,8 +273,8 @@ struct Int8 {
 
   // What would be bytes, added over the pixels to the sums at y.
   struct Pooled {
-    template <int M, int N>
-    static void tile(const Pixels& pixels, const Convolution& conv, const Outputs& out) {
+    template <int M, int N, class T>
+    static void tile(const Pixels<T>& pixels, const Convolution& conv, const Outputs& out) {
       V acc[M][N];
       multiply<M, N>(acc, pixels, conv);
       int32_t* y = static_cast<int32_t*>(out.y);
@@ -266,8 +290,8 @@ struct Int8 {
   };
 
   struct Logits {
-    template <int M, int N>
-    static void tile(const Pixels& pixels, const Convolution& conv, const Outputs& out) {
+    template <int M, int N, class T>
+    static void tile(const Pixels<T>& pixels, const Convolution& conv, const Outputs& out) {
       V acc[M][N];
       multiply<M, N>(acc, pixels, conv);
       float* y = static_cast<float*>(out.y);
@@ -281,27 +305,29 @@ struct Int8 {
     }
   };
 
-  // Kind::tile<m, n> for run-time m <= M and n <= N.
-  template <class Kind, int M, int N>
-  static decltype(&Kind::template tile<M, N>) tile_function(int m, int n) {
+  // Kind::tile<m, n, T> for run-time m <= M and n <= N.
+  template <class Kind, int M, int N, class T>
+  static decltype(&Kind::template tile<M, N, T>) tile_function(int m, int n) {
     if constexpr (N > 1) {
-      if (n < N) return tile_function<Kind, M, N - 1>(m, n);
+      if (n < N) return tile_function<Kind, M, N - 1, T>(m, n);
     }
     if constexpr (M > 1) {
-      if (m < M) return tile_function<Kind, M - 1, N>(m, n);
+      if (m < M) return tile_function<Kind, M - 1, N, T>(m, n);
     }
-    return &Kind::template tile<M, N>;
+    return &Kind::template tile<M, N, T>;
   }
 
   // One panel of output channels for all pixels. `element` is the size of y's.
-  template <class Kind>
-  static void panel(Pixels pixels, const Convolution& conv, Outputs out, int element, int pixel_count, int channels) {
+  template <class Kind, class T>
+  static void panel(Pixels<T> pixels, const Convolution& conv, Outputs out, int element, int pixel_count,
+                    int channels) {
+    constexpr int kM = sizeof(T) > 1 ? kTileM : Isa::kByteTileM;
     const int n = ceil_div(channels, kLanes);
     out.tail = channels - (n - 1) * kLanes;
     for (int left = pixel_count; left > 0;) {
       // Two tiles of like size in place of a whole one and a sliver, whose few chains would wait for each other.
-      const int m = left >= 2 * kTileM || left <= kTileM ? min(left, kTileM) : ceil_div(left, 2);
-      tile_function<Kind, kTileM, kTileN>(m, n)(pixels, conv, out);
+      const int m = left >= 2 * kM || left <= kM ? min(left, kM) : ceil_div(left, 2);
+      tile_function<Kind, kM, kTileN, T>(m, n)(pixels, conv, out);
       for (int s = 0; s < pixels.segments; ++s) pixels.segment[s] += m * pixels.pixel_stride;
       out.y = static_cast<char*>(out.y) + m * out.pixel_stride * element;
       if (out.residual) out.residual += m * out.residual_stride;
@@ -315,7 +341,7 @@ struct Int8 {
     const uint32_t* w;  // [3][kLanes]: a column's three taps and a zero
     const int32_t* bias;
     const float* multiplier;
-    uint8_t* d;
+    X* d;
     int64_t d_row, d_pixel;
     int dilation;
   };
@@ -325,7 +351,7 @@ struct Int8 {
   // the stride of the columns, of the rows too but in a stream of a dilated filter (D).
   template <int Rows, int S, bool H, bool D, int R, int C>
   static MNV2_INLINE void filter(const W (&w)[R][3], V bias, F multiplier, const Filter& f, const uint8_t* q0,
-                                 const uint8_t* q1, uint8_t* d) {
+                                 const uint8_t* q1, X* d) {
     V acc[R][C];
     MNV2_UNROLL for (int r = 0; r < R; ++r) { MNV2_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = bias; }
     const auto column = [&](int64_t at, auto taps) __attribute__((always_inline)) {
@@ -355,7 +381,7 @@ struct Int8 {
     constexpr int kOutputs = R * C;
     MNV2_UNROLL for (int i = 0; i < kOutputs; i += 4) {
       V v[4];
-      uint8_t* to[4];
+      X* to[4];
       MNV2_UNROLL for (int j = 0; j < 4; ++j) {
         const int e = min(i + j, kOutputs - 1);
         v[j] = i + j < kOutputs ? Isa::round(Isa::scaled(acc[e / C][e % C], multiplier)) : Isa::zero();
@@ -380,8 +406,10 @@ struct Int8 {
                                                     int columns) {
     W w[R][3];
     MNV2_UNROLL for (int kx = 0; kx < 3; ++kx) {
-      w[0][kx] = Isa::weights(f.w + kx * kLanes);
-      if constexpr (R == 2) w[1][kx] = Rows == 1 ? Isa::weights_below(f.w + kx * kLanes) : w[0][kx];
+      w[0][kx] = Isa::taps(f.w + kx * kLanes);
+      if constexpr (R == 2) w[1][kx] = Rows == 1 ? Isa::taps_below(f.w + kx * kLanes) : w[0][kx];
+      if constexpr (H) w[0][kx] = Isa::between(w[0][kx]);
+      if constexpr (R == 2 && (H || Rows == 2)) w[1][kx] = Isa::between(w[1][kx]);
     }
     const V bias = Isa::load(f.bias);
     const F multiplier = Isa::load_floats(f.multiplier);
@@ -412,11 +440,11 @@ struct Int8 {
 
   // ---------------------------------------------------------------------------------------------- image's rows
 
-  // Rows of the image in bytes, a pixel's channels rounded up to slots, with the padding at their sides, kept in a
+  // Rows of the quantised image, a pixel's channels rounded up to slots, with the padding at their sides, kept in a
   // ring.
   class ImageRows {
    public:
-    ImageRows(const Step& s, const Image& image, const float* constants, uint8_t* memory)
+    ImageRows(const Step& s, const Image& image, const float* constants, X* memory)
         : s_(s), image_(image), inverse_scale_(constants[0]), zero_(constants[1]), memory_(memory) {
       pixel_ = round_up(s.image_channels, 4);
       row_ = int64_t(s.conv_pad_left + s.image_width + s.conv_pad_right) * pixel_;
@@ -424,9 +452,9 @@ struct Int8 {
     }
     int pixel() const { return pixel_; }
     // To be called with ever larger rows, or with 0 again.
-    const uint8_t* row(int row) {
+    const X* row(int row) {
       if (row < 0 || row >= s_.image_height) return memory_;
-      uint8_t* to = memory_ + (1 + row % s_.image_ring) * row_;
+      X* to = memory_ + (1 + row % s_.image_ring) * row_;
       if (row >= from_ && row < until_) return to;
       if (row != until_) from_ = row;
       until_ = row + 1;
@@ -436,7 +464,7 @@ struct Int8 {
     }
 
    private:
-    void quantize(int row, uint8_t* to) {
+    void quantize(int row, X* to) {
       const float* from = static_cast<const float*>(image_.data) + row * image_.stride_row;
       for (int i = 0; i < s_.conv_pad_left * pixel_; ++i) to[i] = memory_[0];
       to += s_.conv_pad_left * pixel_;
@@ -455,7 +483,7 @@ struct Int8 {
             }
             v[c] = Isa::quantized(plane, inverse_scale_, zero_);
           }
-          Isa::store_quad(to + column * 4, v, Isa::interleave(0, 4));
+          Isa::store_slots(to + column * 4, v);
         }
       }
       for (; column < s_.image_width; ++column) {
@@ -479,7 +507,7 @@ struct Int8 {
     const Step& s_;
     const Image& image_;
     float inverse_scale_, zero_;
-    uint8_t* memory_;  // a row of padding, then the ring
+    X* memory_;  // a row of padding, then the ring
     int pixel_;
     int64_t row_;
     int from_ = 0, until_ = 0;  // the rows in the ring
@@ -490,11 +518,11 @@ struct Int8 {
     const uint32_t* packed = static_cast<const uint32_t*>(packed_);
     const float* k = constants(packed, s.constants);
     uint8_t* y = static_cast<uint8_t*>(y_);
-    ImageRows image_rows(s, image, k, reinterpret_cast<uint8_t*>(static_cast<uint32_t*>(scratch_) + s.image_offset));
+    ImageRows image_rows(s, image, k, reinterpret_cast<X*>(static_cast<uint32_t*>(scratch_) + s.image_offset));
     const int slots = 3 * image_rows.pixel() / 4, y_stride = round_up(s.out_channels, 4);
     const Convolution all = convolution(packed, s.expand_weight, s.expand_bias, s.out_channels);
     for (int row = row0; row < row1; ++row) {
-      Pixels pixels = {{}, 3, slots, int64_t(s.conv_stride) * image_rows.pixel()};
+      Pixels<X> pixels = {{}, 3, slots, int64_t(s.conv_stride) * image_rows.pixel()};
       for (int ky = 0; ky < 3; ++ky) pixels.segment[ky] = image_rows.row(row * s.conv_stride - s.conv_pad_top + ky);
       for (int n = 0; n < s.out_channels; n += kPanel) {
         panel<Narrow>(pixels, from(all, n, 3 * slots),
@@ -529,7 +557,7 @@ struct Int8 {
     const uint8_t* zeros = static_cast<const uint8_t*>(zeros_);
     uint32_t* scratch = static_cast<uint32_t*>(scratch_);
     uint8_t* ring = reinterpret_cast<uint8_t*>(scratch);
-    uint8_t* d = reinterpret_cast<uint8_t*>(scratch + s.d_offset);
+    X* d = reinterpret_cast<X*>(scratch + s.d_offset);
     const uint8_t** quads = reinterpret_cast<const uint8_t**>(scratch + s.rows_offset);
     const int x_stride = round_up(s.in_channels, 4), y_stride = round_up(s.out_channels, 4);
     const int64_t ring_quad = int64_t(s.row_length) * kPanel * 4, ring_panel = s.ring_rows * ring_quad;
@@ -542,7 +570,7 @@ struct Int8 {
     const Convolution depth = convolution(packed, s.depthwise_weight, s.depthwise_bias, s.hidden_channels);
     const Convolution project = convolution(packed, s.project_weight, s.project_bias, s.out_channels);
     ImageRows image_rows(s, image, stem ? constants(packed, s.image_constants) : k,
-                         reinterpret_cast<uint8_t*>(scratch + s.image_offset));
+                         reinterpret_cast<X*>(scratch + s.image_offset));
 
     // Outside the image h is 0; without an expansion h is x, whose zero is a byte of its own.
     fill_sides(s, ring, s.whole ? 1 : ceil_div(c1 - c0, kPanel), s.source == Step::kCopy ? as_byte(k[0]) : 0);
@@ -555,6 +583,18 @@ struct Int8 {
       for (int i0 = 0; i0 < stream.count; i0 += s.stripe) {
         const int i1 = min(i0 + s.stripe, stream.count);
         const int q0 = i0 * stream.stride / kQuad, q1 = ((i1 - 1) * stream.stride + 2) / kQuad + 1;
+        if constexpr (kWide) {
+          const int64_t x_row = int64_t(s.width) * x_stride;
+          X* wide = reinterpret_cast<X*>(scratch + s.operands_offset);
+          for (int q = max(q0, filled); s.source == Step::kExpand && q < q1; ++q) {
+            int rows;
+            const int begin = stream.first_valid(q * kQuad, &rows);
+            for (int r = 0; r < rows; ++r) {
+              const int row = stream.top + (q * kQuad + begin + r) * stream.row_step;
+              Isa::widen(x + row * x_row, x_row, wide + ((q - q0) * kQuad + r) * x_row);
+            }
+          }
+        }
         for (int c = c0; c < c1; c += kPanel) {
           uint8_t* h = ring + (s.whole ? 0 : (c - c0) / kPanel * ring_panel);
           const int channels = min(kPanel, c1 - c);
@@ -587,7 +627,12 @@ struct Int8 {
               from_rows.k = expand_slots;
               from_rows.column_stride = x_stride;
               for (int r = 0; r < rows; ++r) {
-                from_rows.row[0][r] = x + int64_t(row + r * stream.row_step) * s.width * x_stride;
+                if constexpr (kWide) {
+                  const X* wide = reinterpret_cast<const X*>(scratch + s.operands_offset);
+                  from_rows.row[0][r] = wide + int64_t((q - q0) * kQuad + r) * s.width * x_stride;
+                } else {
+                  from_rows.row[0][r] = x + int64_t(row + r * stream.row_step) * s.width * x_stride;
+                }
               }
             }
             quad(from_rows, rows, from(expand, c, expand_slots), to, s.width, channels);
@@ -613,7 +658,7 @@ struct Int8 {
             const int channels = min(kPanel, s.out_channels - n), width = round_up(channels, kLanes);
             Convolution w = from(project, n, project_slots);
             w.w += int64_t(c0 / 4) * width;
-            const Pixels pixels = {
+            const Pixels<X> pixels = {
                 {d + int64_t(i - i0) * s.out_width * s.d_stride}, 1, ceil_div(c1 - c0, 4), s.d_stride};
             if (partial_) {
               if (group0 > 0) w.bias = reinterpret_cast<const int32_t*>(zeros);
@@ -683,12 +728,21 @@ struct Int8 {
 
   // ------------------------------------------------------------------------------------------ head, classifier
 
-  static void pointwise(const Step& s, const void* packed_, const void* x, void* y, void*, int panel0, int panel1) {
+  static void pointwise(const Step& s, const void* packed_, const void* x, void* y, void* scratch, int panel0,
+                        int panel1) {
     const uint32_t* packed = static_cast<const uint32_t*>(packed_);
     const float* k = constants(packed, s.constants);
     const int pixel_count = s.height * s.width, x_stride = round_up(s.in_channels, 4);
     const Convolution all = convolution(packed, s.project_weight, s.project_bias, s.out_channels);
-    const Pixels pixels = {{static_cast<const uint8_t*>(x)}, 1, x_stride / 4, x_stride};
+    const X* operands;
+    if constexpr (kWide) {
+      X* wide = reinterpret_cast<X*>(static_cast<uint32_t*>(scratch) + s.operands_offset);
+      Isa::widen(static_cast<const uint8_t*>(x), int64_t(pixel_count) * x_stride, wide);
+      operands = wide;
+    } else {
+      operands = static_cast<const uint8_t*>(x);
+    }
+    const Pixels<X> pixels = {{operands}, 1, x_stride / 4, x_stride};
     for (int n = panel0 * kPanel; n < min(panel1 * kPanel, s.out_channels); n += kPanel) {
       const int channels = min(kPanel, s.out_channels - n);
       const Convolution w = from(all, n, x_stride / 4);
@@ -738,15 +792,15 @@ struct Int8 {
     V acc[kStreams * kTileN];
     MNV2_UNROLL for (int i = 0; i < kStreams * kTileN; ++i) acc[i] = Isa::load(conv.bias + i * kLanes);
     const uint32_t* w = conv.w;
-    for (int j = 0; j < k; ++j) {
-      const A a = Isa::broadcast(x + 4 * j);
+    for (int j = 0; j < k * kSteps; ++j) {
+      const auto a = Isa::broadcast(x + kStep * j);
       MNV2_UNROLL for (int i = 0; i < kStreams; ++i) {
         MNV2_UNROLL for (int n = 0; n < kTileN; ++n) {
           V& sum = acc[i * kTileN + n];
-          sum = Isa::dot(sum, a, Isa::weights(w + i * panel_size + n * kLanes));
+          sum = Isa::dot(sum, a, Isa::weights(w + i * panel_size + n * kStepLanes));
         }
       }
-      w += kPanel;
+      w += kTileN * kStepLanes;
     }
     MNV2_UNROLL for (int i = 0; i < kStreams * kTileN; ++i) {
       Isa::store_floats(y + i * kLanes, Isa::scaled(acc[i], Isa::load_floats(conv.multiplier + i * kLanes)), kLanes);
@@ -768,7 +822,7 @@ struct Int8 {
         p += kStreams - 1;
         continue;
       }
-      panel<Logits>({{x}, 1, k, x_stride}, w, {y, s.out_channels, nullptr, 0, nullptr, 0}, 4, int(rows),
+      panel<Logits>(Pixels<uint8_t>{{x}, 1, k, x_stride}, w, {y, s.out_channels, nullptr, 0, nullptr, 0}, 4, int(rows),
                     min(kPanel, s.out_channels - n));
     }
   }
@@ -779,8 +833,8 @@ struct Int8 {
   static double fma_loop(int64_t iterations) {
     constexpr int kChains = Isa::kTileM * kTileN;
     const uint32_t ones[kLanes] = {0x01010101};
-    const W w = Isa::weights(ones);
-    const A a = Isa::broadcast(reinterpret_cast<const uint8_t*>(ones));
+    const B w = Isa::weights(ones);
+    const auto a = Isa::broadcast(reinterpret_cast<const uint8_t*>(ones));
     V acc[kChains];
     MNV2_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = Isa::broadcast(i);
     for (int64_t j = 0; j < iterations; ++j) {
@@ -792,7 +846,7 @@ struct Int8 {
     int32_t buffer[kLanes];
     Isa::store(buffer, sum);
     asm volatile("" ::"r"(buffer) : "memory");  // used, so that the loop is not dropped
-    return double(iterations) * kChains * kLanes * 4;
+    return double(iterations) * kChains * kLanes * kStep;
   }
 
   static constexpr Kernel kernel(const char* name, const char* const* features) {

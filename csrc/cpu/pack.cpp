@@ -173,14 +173,16 @@ void pack_s8(const Layer& layer, const Tiles& tiles, const uint8_t* bytes, uint3
     const int64_t padded = round_up(c.n, tiles.lanes), slots = slots_s8(layer, c);
     // A tap's channels begin at a slot.
     const int64_t taps = layer.kind == Layer::kConv3x3 || c.depthwise ? 9 : 1, channels = c.k / taps;
+    const int64_t together = tiles.wide && !c.depthwise ? 2 : 4;
     for (int64_t n = 0; n < c.n; ++n) {
       const int64_t width = c.depthwise ? tiles.lanes : tiles.panel;
       const int64_t n0 = n / width * width, columns = std::min(width, padded - n0);
-      uint8_t* out = reinterpret_cast<uint8_t*>(packed + n0 * slots + n - n0);
+      uint8_t* panel = reinterpret_cast<uint8_t*>(packed + n0 * slots);
       for (int64_t k = 0; k < c.k; ++k) {
         const int64_t channel = k / taps, ky = k % taps / 3, kx = k % 3;
         const int64_t slot = c.depthwise ? kx : k % taps * ceil_div(channels, 4) + channel / 4;
-        out[slot * columns * 4 + (c.depthwise ? ky : channel % 4)] = *bytes++;
+        const int64_t value = slot * 4 + (c.depthwise ? ky : channel % 4);
+        panel[value / together * together * columns + (n - n0) * together + value % together] = *bytes++;
       }
     }
     packed += round_up(padded * slots, kLine);

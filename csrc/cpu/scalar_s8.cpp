@@ -25,7 +25,8 @@ struct Plain {
   using F = Vector<float>;
   using A = Quads;
   using W = Weights;
-  static constexpr int kTileM = 2;
+  using X = uint8_t;
+  static constexpr int kTileM = 2, kByteTileM = kTileM;
   static constexpr int kQuadColumns = 1;
   static constexpr int kDepthwiseColumns = 2;
   static constexpr int kStreams = 2;
@@ -82,19 +83,21 @@ struct Plain {
     }
     return a;
   }
-  static W weights(const uint32_t* p) {
+  static W weights(const uint32_t* p) { return taps(p); }
+  static W taps(const uint32_t* p) {
     W w;
     __builtin_memcpy(w.byte, p, sizeof w.byte);
     return w;
   }
-  static W weights_below(const uint32_t* p) {
-    const W above = weights(p);
+  static W taps_below(const uint32_t* p) {
+    const W above = taps(p);
     W w;
     for (int i = 0; i < kLanes; ++i) {
       for (int j = 0; j < 4; ++j) w.byte[i][j] = j ? above.byte[i][j - 1] : 0;
     }
     return w;
   }
+  static W between(W w) { return w; }
   static V dot(V sum, A a, W w) {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = 0; j < 4; ++j) sum.lane[i] += a.byte[i][j] * w.byte[i][j];
@@ -142,6 +145,8 @@ struct Plain {
       }
     }
   }
+  // Of each lane a slot of v[0], v[1], ...
+  static void store_slots(uint8_t* p, const V (&v)[4]) { store_quad(p, v, interleave(0, 4)); }
   // Each vector as bytes to its own place, the first n of them.
   static MNV2_INLINE void store_pixels(uint8_t* const (&to)[4], const V (&v)[4], int n) {
     for (int i = 0; i < n; ++i) store_bytes(to[i], v[i], kLanes);

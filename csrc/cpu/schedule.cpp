@@ -86,23 +86,29 @@ struct Resolver {
     program.scratch_size = std::max(program.scratch_size, step.scratch_size);
   }
 
-  // Scratch: ring of quads | d | pointers to quads | image rows.
-  void lay_out_scratch_s8(Step& step, int64_t ring, int64_t d, int64_t pointers) {
+  // Bytes of an activation of an int8 row in scratch.
+  int64_t scratch_bytes() const { return tiles.wide ? 2 : 1; }
+
+  // Scratch: ring of quads | d | pointers to quads | image rows | rows of x, of which sizes are in activations.
+  void lay_out_scratch_s8(Step& step, int64_t ring, int64_t d, int64_t pointers, int64_t x) {
     step.d_offset = round_up(ceil_div(ring, 4), kLine);
-    step.rows_offset = step.d_offset + round_up(ceil_div(d, 4), kLine);
+    step.rows_offset = step.d_offset + round_up(ceil_div(d * scratch_bytes(), 4), kLine);
     step.image_offset = step.rows_offset + round_up(pointers * 2, kLine);
     step.scratch_size = step.image_offset;
     if (step.image_channels) {
       const int64_t image_row = step.conv_pad_left + step.image_width + step.conv_pad_right;
       check_count(image_row * round_up(step.image_channels, 4));
-      step.scratch_size += round_up((1 + step.image_ring) * image_row * slots(step.image_channels), kLine);
+      step.scratch_size +=
+          round_up((1 + step.image_ring) * image_row * slots(step.image_channels) * scratch_bytes(), kLine);
     }
+    step.operands_offset = step.scratch_size;
+    if (tiles.wide) step.scratch_size += round_up(ceil_div(x * scratch_bytes(), 4), kLine);
     program.scratch_size = std::max(program.scratch_size, step.scratch_size);
   }
 
   void conv_s8(Step& step) {
     step.image_ring = std::min(step.image_height, 3);
-    lay_out_scratch_s8(step, 0, 0, 0);
+    lay_out_scratch_s8(step, 0, 0, 0, 0);
   }
 
   // Runs it as a whole plane or by stripes; and cuts its hidden channels.
@@ -133,7 +139,7 @@ struct Resolver {
     }
     step.ring_rows = int(quads(step.stripe));
     step.d_stride = int(round_up(hidden, tiles.lanes));
-    if (step.d_stride % 1024 == 0) step.d_stride += 64;  // pixels would share cache sets
+    if (step.d_stride * scratch_bytes() % 1024 == 0) step.d_stride += 64;  // pixels would share cache sets
     if (step.image_channels) {
       const int64_t reach = 4 * step.ring_rows * int64_t(step.dilation) * step.conv_stride + 3;
       step.image_ring = int(std::min<int64_t>(step.image_height, reach));
@@ -143,8 +149,10 @@ struct Resolver {
     check_count(int64_t(step.out_height) * step.out_width);
     const int64_t panels = step.whole ? 1 : step.panels;
     check_count(step.ring_rows * quad);
+    const int64_t x = step.source == Step::kExpand ? step.width * round_up(step.in_channels, 4) : 0;
     lay_out_scratch_s8(step, panels * step.ring_rows * quad,
-                       std::min<int64_t>(step.stripe, rows) * step.out_width * step.d_stride, step.ring_rows + 1);
+                       std::min<int64_t>(step.stripe, rows) * step.out_width * step.d_stride, step.ring_rows + 1,
+                       4 * step.ring_rows * x);
     need_zeros(quad / 4);
     if (step.groups > 1) {
       const int64_t out = int64_t(step.out_height) * step.out_width * step.out_channels;
@@ -289,7 +297,8 @@ Program schedule(const Kernel& kernel, const std::vector<Layer>& layers, int64_t
       case Layer::kPointwise:
         resolver.place(step.out_channels, resolver.slots(step.in_channels), &step.project_weight, &step.project_bias);
         resolver.place_constants(&step.constants);
-        if (!resolver.int8()) resolver.lay_out_scratch(step, 0, 0, 0, height * width * step.in_channels);
+        resolver.int8() ? resolver.lay_out_scratch_s8(step, 0, 0, 0, height * width * round_up(step.in_channels, 4))
+                        : resolver.lay_out_scratch(step, 0, 0, 0, height * width * step.in_channels);
         if (next_pools && layer->relu6) {
           step.pooled = true;
           resolver.place_constants(&step.pool_constants);
