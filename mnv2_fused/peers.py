@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
+from . import _C, ops
 from .mobilenet_v2 import MobileNet, MobileNetV2
 from .quantization import Convolution, QuantizedModel, Range, _range_of, quantize
 
@@ -757,7 +757,9 @@ RUNNERS_IN: dict[str, tuple[Runner, ...]] = {
         Runner("eager channels_last", _in_bfloat16(_eager_channels_last), channels_last=True),
         Runner("torch.compile", _in_bfloat16(_compile_channels_last), channels_last=True),
         Runner("onnxruntime", None, ("onnx", "onnxruntime"), unable="it has no bfloat16 convolutions on the CPU"),
-        Runner("openvino", partial(_openvino, precision="bf16"), ("onnx", "openvino")),
+        Runner("openvino", partial(_openvino, precision="bf16"), ("onnx", "openvino"))
+        if _C.cpu_features()["avx512f"]
+        else Runner("openvino", None, ("onnx", "openvino"), unable="without AVX-512 it computes in float32"),
         Runner("litert", None, ("ai-edge-litert",), unable="XNNPACK has no bfloat16 convolutions"),
         Runner("ncnn", partial(_ncnn, bfloat16=True), ("ncnn",), chains_only=True),
     ),
