@@ -17,6 +17,8 @@ constexpr int64_t kMaxGroups = 4, kMinGroupChannels = 96;
 // A stripe's rows of one panel of h stay in cache between the expansion and the depthwise stage. More rows at once read
 // fewer of them twice: up to 160 KB, in L2, was measured better than what fits into L1 (112 wide: 8% and 4% a block).
 constexpr int64_t kPanelBytes = 160 << 10;
+// Those of all panels together, which narrow panels on large maps would let grow (the network at 224 needs 0.7 MB).
+constexpr int64_t kRingBytes = 3 << 19;
 constexpr int kMaxStripe = 8;
 // The same of the int8 rows, of a quad of rows of one panel.
 constexpr int64_t kPanelBytes8 = 64 << 10;
@@ -172,7 +174,8 @@ struct Resolver {
     if (!step.whole) {
       const int64_t row_bytes = step.row_length * panel * element_size();
       step.stripe = kMaxStripe;
-      while (step.stripe > 1 && rows(step.stripe) * row_bytes > kPanelBytes) --step.stripe;
+      const int64_t most = std::min(kPanelBytes, kRingBytes / step.panels);
+      while (step.stripe > 1 && rows(step.stripe) * row_bytes > most) --step.stripe;
       if (step.stripe > 1) step.stripe = step.stripe / 2 * 2;
       step.stripe = std::min(step.stripe, step.out_height);
     }
