@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from .deeplab import DeepLabV3, segmentation_loss
+from .fusion import FuseReport, fuse, unfuse
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
 from .ops import empty_cache, inverted_residual, kernels, selected_kernel
@@ -11,12 +12,14 @@ from .ssdlite import SSDLite
 
 __all__ = [
     "DeepLabV3",
+    "FuseReport",
     "InvertedResidual",
     "MobileNetV1",
     "MobileNetV2",
     "QuantizedModel",
     "SSDLite",
     "empty_cache",
+    "fuse",
     "inverted_residual",
     "kernels",
     "mobilenet_v1",
@@ -25,4 +28,5 @@ __all__ = [
     "quantize",
     "segmentation_loss",
     "selected_kernel",
+    "unfuse",
 ]

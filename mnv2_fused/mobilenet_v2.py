@@ -143,19 +143,22 @@ class InvertedResidual(nn.Module):
         if not self.fused:
             return "the attribute `fused` is False"
         reason = self._chain.why_not(self, x)
-        return reason and training.why_not(self.conv, x, self.use_res_connect)
+        return reason and training.why_not(self._describe, [self.conv], x)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._chain(self, x) if self.fused else None
         if y is None and self.fused:
-            y = training.run_block(self.conv, x, self.use_res_connect)
+            y = training.run(self._describe, [self.conv], x)
         if y is not None:
             return y
         return x + self.conv(x) if self.use_res_connect else self.conv(x)
 
+    def _describe(self) -> Stage:
+        return network.block(self.conv, self.use_res_connect)
+
 
 def _describe_block(module: InvertedResidual) -> list[Stage]:
-    return [network.block(module.conv, module.use_res_connect)]
+    return [module._describe()]
 
 
 def _does_more(block: InvertedResidual) -> bool:
@@ -434,11 +437,11 @@ class MobileNet(nn.Module):
         y = None
         if piece == REST:
             module = module.conv[1:]
-            y = training.run_block(module, x, False) if self.fused else None
+            y = training.run(partial(network.block, module, False), [module], x) if self.fused else None
         else:
             module = module.conv[0] if piece == EXPAND else module
             if self.fused and not isinstance(module, InvertedResidual):
-                y = training.run_conv_bn_relu6(module, x)
+                y = training.run(partial(network.convolution, module), [module], x)
         return module(x) if y is None else y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -485,7 +488,7 @@ class MobileNet(nn.Module):
             if isinstance(module, InvertedResidual):
                 reason, channels = module.why_not_fused(given), module.out_channels
             else:
-                reason = training.why_not_conv_bn_relu6(module, given)
+                reason = training.why_not(partial(network.convolution, module), [module], given)
                 channels = getattr(next(module.children(), None), "out_channels", channels)
             if reason:
                 reasons[f"features.{name}"] = reason

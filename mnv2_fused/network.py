@@ -53,14 +53,19 @@ def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> tup
     return total // 2, total - total // 2
 
 
+Weights = tuple[
+    tuple[nn.Module, nn.BatchNorm2d | None], ...
+]  # of each convolution, or linear layer, with its BatchNorm
+
+
 class Stage(NamedTuple):
-    """A layer of the network with the modules that it stands for: (convolution or linear, its BatchNorm or None).
+    """A layer of the network with the modules that it stands for.
 
     Where `same` the layer's padding depends on the image: see `Stage.at`.
     """
 
     layer: Layer
-    weights: tuple[tuple[nn.Module, nn.BatchNorm2d | None], ...]
+    weights: Weights
     same: bool = False
 
     def at(self, height: int, width: int) -> Layer:
@@ -159,6 +164,12 @@ def block(module: nn.Module, residual: bool) -> Stage:
     return Stage(layer, tuple(weights), same)
 
 
+def convolution(module: nn.Module) -> Stage:
+    """A stem or a head."""
+    conv, _ = conv_bn_relu6(module)
+    return stem(module) if conv.kernel_size == (3, 3) else pointwise(module)
+
+
 def pool(channels: int) -> Stage:
     return Stage(Layer(ops.POOL, channels, 0, channels), ())
 
@@ -211,12 +222,14 @@ class _Packing:
         root: nn.Module,
         parts: tuple[str, ...],
         describe: Callable[[nn.Module], list[Stage]],
+        steering: Callable[[nn.Module], list[dict]] | None,
         asked: Arithmetic,
     ) -> None:
         self.arithmetic = asked
-        modules = [m for part in parts if (top := getattr(root, part)) is not None for m in top.modules()]
+        tops = [getattr(root, part) for part in parts] if parts else root.children()
+        modules = [m for top in tops if top is not None for m in top.modules()]
         plain = (nn.Sequential, nn.ReLU6)  # no attribute of these matters but a forward of their own
-        dicts = [root.__dict__, root._modules]
+        dicts = [root.__dict__, root._modules, *(steering(root) if steering else ())]
         dicts += [table for m in modules for table in (m._modules, m._parameters, m._buffers) if table]
         dicts += [m.__dict__ for m in modules if type(m) not in plain]  # stride, eps, training
         sized = [m.__dict__ for m in modules if type(m) in plain]
@@ -316,18 +329,24 @@ class FusedChain:
     pickles come without the packed weights.
 
     Args:
-        parts: the children of the root that the chain runs through, by name.
-        describe: a module-level function, root -> stages; raises Unfusable.
+        parts: the children of the root that the chain runs through, by name; () are all.
+        describe: root -> stages; raises Unfusable. A function of a module, where the chain is to be pickled.
+        steering: dictionaries beside those of the modules on which the stages depend.
     """
 
-    def __init__(self, parts: tuple[str, ...], describe: Callable[[nn.Module], list[Stage]]) -> None:
-        self._parts, self._describe = parts, describe
+    def __init__(
+        self,
+        parts: tuple[str, ...],
+        describe: Callable[[nn.Module], list[Stage]],
+        steering: Callable[[nn.Module], list[dict]] | None = None,
+    ) -> None:
+        self._parts, self._describe, self._steering = parts, describe, steering
         self._lock = threading.Lock()
         self._packing: _Packing | None = None
         self._captured: list[Tensor] = []  # what CUDA graphs read
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FusedChain, (self._parts, self._describe)
+        return FusedChain, (self._parts, self._describe, self._steering)
 
     def forget(self) -> None:
         """Packs anew at the next call."""
@@ -405,7 +424,7 @@ class FusedChain:
             with self._lock, torch.no_grad():
                 packing = self._packing  # another thread may have been here first
                 if packing is None or not packing.current(asked):
-                    packing = self._packing = _Packing(root, self._parts, self._describe, asked)
+                    packing = self._packing = _Packing(root, self._parts, self._describe, self._steering, asked)
         if packing.reason:
             return packing.reason, None
         if asked.device == "cuda" and x.device != packing.packed.device:
@@ -426,6 +445,8 @@ def why_no_op(x: Tensor) -> str:
     """
     if is_exporting() or (not is_compiling() and _is_tracing()):
         return "the model is being traced or exported"
+    if _disabled():
+        return "MNV2_FUSED_DISABLE is set"
     plain = is_compiling() or (type(x) in (Tensor, nn.Parameter) and 0 not in x.shape[1:])
     if not plain or x.dim() != 4 or ops.device_type(x) not in ops.DTYPES:
         return "the input is no plain tensor [N, C, H, W] with pixels on the CPU or a CUDA device"
@@ -434,6 +455,11 @@ def why_no_op(x: Tensor) -> str:
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a function transform or forward-mode derivatives are at work"
     return ""
+
+
+@torch.compiler.assume_constant_result
+def _disabled() -> bool:
+    return os.environ.get("MNV2_FUSED_DISABLE", "0") not in ("", "0")
 
 
 def global_hooks() -> bool:

@@ -6,7 +6,8 @@ in csrc/training_ops.cpp. The stem and the head are one op each too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -264,13 +265,13 @@ def has_hooks(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def _check(root: nn.Module, x: Tensor) -> None:
+def _check(inside: Iterable[nn.Module], x: Tensor) -> None:
     """Unfusable where the modules inside do more, or other things, than their types say."""
     backward_hooks = _module._global_backward_hooks or _module._global_backward_pre_hooks
     expect(not network.global_hooks() and not backward_hooks, "there are global hooks")
     device, dtype, autocast, _ = arithmetic(x)
     expect(dtype in ops.DTYPES[device], f"no kernel for {dtype} on {x.device}")
-    for module in root.modules():
+    for module in chain.from_iterable(part.modules() for part in inside):
         expect(not has_hooks(module), "a module inside has hooks or a forward of its own")
         # As in torch: a BatchNorm may be float32 beside 16-bit numbers, and under autocast all may.
         single = dtype in ops.HALVES and (autocast or not isinstance(module, nn.Conv2d))
@@ -310,58 +311,58 @@ def _group(norms: list[nn.Module]) -> str:
     return groups.pop() if groups else ""
 
 
-def _expect_ops(x: Tensor) -> None:
-    reason = network.why_no_op(x)
-    expect(not reason, reason)
+Describe = Callable[[], network.Stage]
 
 
-def _refusal(describe: Callable[..., object], *arguments: object) -> str:
+def why_not(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> str:
+    """Why `run` would refuse this call; "" when it would not."""
     try:
-        describe(*arguments)
+        _described(describe, inside, x)
     except network.Unfusable as refusal:
         return str(refusal)
     return ""
 
 
-def why_not(layers: nn.Module, x: Tensor, residual: bool) -> str:
-    """Why `run_block` would refuse this call; "" when it would not."""
-    return _refusal(_describe, layers, x, residual)
-
-
-def _describe(layers: nn.Module, x: Tensor, residual: bool) -> network.Stage:
-    _expect_ops(x)
-    stage = network.block(layers, residual)
-    _check(layers, x)
+def _described(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> network.Stage:
+    reason = network.why_no_op(x)
+    expect(not reason, reason)
+    stage = describe()
+    _check(inside, x)
     channels = stage.layer.in_channels
     expect(x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
-    expect(not residual or x.dtype == arithmetic(x).dtype, f"x is {x.dtype}, and so is the sum that autocast makes")
+    kept = not stage.layer.residual or x.dtype == arithmetic(x).dtype
+    expect(kept, f"x is {x.dtype}, and so is the sum that autocast makes")
     norms = [bn for _, bn in stage.weights if bn is not None]
-    group = _group(norms)
-    expect(x.shape[0] > 0 or bool(group), "there is no image")
-    batch = any(map(_takes_batch, norms))
-    expect(batch or torch.is_grad_enabled(), _NOT_ASKED)
+    expect(x.shape[0] > 0 or bool(_group(norms)), "there is no image")
+    expect(torch.is_grad_enabled() or any(map(_takes_batch, norms)), _NOT_ASKED)
     return stage
 
 
-def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
-    """An inverted residual in training or with gradients, running statistics updated; None where it cannot run fused.
+def run(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> Tensor | None:
+    """A block, or a stem or head, in training or with gradients, as one op; None where it cannot run so.
+
+    Running statistics are updated. Of the activations that the modules would keep for backward, a block keeps its input
+    and its projection, stem and head one beside the result.
 
     Args:
-        layers: [conv_bn_relu6 1x1], conv_bn_relu6 depthwise 3x3, 1x1 convolution, [BatchNorm], [ReLU6], as torchvision
-            nests them.
+        describe: makes the stage, of kind BLOCK or CONV3X3 or POINTWISE with its ReLU6; raises Unfusable.
+        inside: the modules that a call runs, which may not do more than their types say.
         x: [N, C_in, H, W], float32, float64 or bfloat16; on CUDA float16, bfloat16 or float32; under autocast its
             dtype. The gradients are those of the modules.
-        residual: adds x.
 
     Raises:
         ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
     """
     try:
-        described = _describe(layers, x, residual)
+        described = _described(describe, inside, x)
     except network.Unfusable:
         return None
     layer, weights = described.at(*x.shape[2:]), described.weights
     x = x.to(arithmetic(x).dtype)
+    return _run_block(layer, weights, x) if layer.kind == ops.BLOCK else _run_convolution(layer, weights[0], x)
+
+
+def _run_block(layer: ops.Layer, weights: network.Weights, x: Tensor) -> Tensor:
     norms = [None] * (3 - len(weights)) + [bn for _, bn in weights]
     stages = [_NO_STAGE] * (3 - len(weights)) + [_stage(*pair) for pair in weights]
     group = _group([bn for bn in norms if bn is not None])
@@ -370,9 +371,9 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     for stage, shape in zip(stages, (x.shape, out_shape, out_shape), strict=True):
         if stage.weight is not None and stage.mean is None and not group:
             _verify_batch_size([shape[0], stage.weight.shape[0], *shape[2:]])
-    tf32 = ops.uses_tf32(x)
+    values = [value for stage in stages for value in stage]
     y, _, counts, _, _, _, *statistics = _OPS.block_train(
-        x, *(value for stage in stages for value in stage), layer.stride, layer.dilation, sides, residual, tf32, group
+        x, *values, layer.stride, layer.dilation, sides, bool(layer.residual), ops.uses_tf32(x), group
     )
     for i, bn in enumerate(norms):
         if bn is not None:
@@ -383,45 +384,16 @@ def run_block(layers: nn.Module, x: Tensor, residual: bool) -> Tensor | None:
     return nn.functional.relu6(y) if layer.relu6 else y
 
 
-def why_not_conv_bn_relu6(module: nn.Module, x: Tensor) -> str:
-    """Why `run_conv_bn_relu6` would refuse this call; "" when it would not."""
-    return _refusal(_describe_conv, module, x)
-
-
-def _describe_conv(module: nn.Module, x: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    _expect_ops(x)
-    conv, bn = network.conv_bn_relu6(module)
-    _check(module, x)
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    expect(plain and not isinstance(conv.padding, str), "a convolution of another kind: {}", conv)
-    expect(x.shape[1] == conv.in_channels, f"the input is {list(x.shape)}, not [N, {conv.in_channels}, H, W]")
-    expect(x.shape[0] > 0 or bool(_group([bn])), "there is no image")
-    expect(_takes_batch(bn) or torch.is_grad_enabled(), _NOT_ASKED)
-    return conv, bn
-
-
-def run_conv_bn_relu6(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The stem or the head, [convolution, BatchNorm, ReLU6], as one op; None where it cannot run so.
-
-    x is [N, C, H, W]. Of the three activations that the modules would keep for backward, one is kept beside the result.
-
-    Raises:
-        ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
-    """
-    try:
-        conv, bn = _describe_conv(module, x)
-    except network.Unfusable:
-        return None
-    x, padding = x.to(arithmetic(x).dtype), conv.padding
-    if type(conv) is network.Conv2dSame:
-        x, padding = conv.pad(x), (0, 0)
-    stage, group = _stage(conv, bn), _group([bn])
+def _run_convolution(layer: ops.Layer, pair: tuple[nn.Conv2d, nn.BatchNorm2d | None], x: Tensor) -> Tensor:
+    conv, bn = pair
+    stage, group = _stage(conv, bn), _group([bn] if bn is not None else [])
     if stage.mean is None and not group:
-        height, width = (
-            (n + 2 * p - k) // s + 1
-            for n, p, k, s in zip(x.shape[2:], padding, conv.kernel_size, conv.stride, strict=True)
-        )
-        _verify_batch_size([x.shape[0], conv.out_channels, height, width])
-    y, _, count, mean, var = _OPS.conv_bn_relu6(x, *stage, conv.stride, padding, group)
-    _update(bn, mean, var, count)
+        _verify_batch_size([x.shape[0], layer.out_channels, *ops.output_size(layer, *x.shape[2:])])
+    padding = [layer.pad_top, layer.pad_left]
+    if padding != [layer.pad_bottom, layer.pad_right]:
+        x = nn.functional.pad(x, (layer.pad_left, layer.pad_right, layer.pad_top, layer.pad_bottom))
+        padding = [0, 0]
+    y, _, count, mean, var = _OPS.conv_bn_relu6(x, *stage, [layer.stride] * 2, padding, group)
+    if bn is not None:
+        _update(bn, mean, var, count)
     return y

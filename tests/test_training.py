@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from threading import Thread
@@ -54,7 +55,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
-from mnv2_fused import InvertedResidual, MobileNetV2, ops, training
+from mnv2_fused import InvertedResidual, MobileNetV2, network, ops, training
 
 X, EXPAND, DEPTHWISE, PROJECT = ops.WANT_X, ops.WANT_EXPAND, ops.WANT_DEPTHWISE, ops.WANT_PROJECT
 VARIED_LAYOUTS = ("channels_last", "contiguous", "transposed", "channel_slice", "crop")  # no value is repeated
@@ -235,7 +236,7 @@ class OneOp(nn.Module):
         self.layers = layers
 
     def forward(self, x: Tensor) -> Tensor:
-        y = training.run_conv_bn_relu6(self.layers, x)
+        y = training.run(partial(network.convolution, self.layers), [self.layers], x)
         assert "conv_bn_relu6" in type(y.grad_fn).__name__
         return y
 
@@ -282,7 +283,7 @@ def recorded(name: str) -> Iterator[list[tuple[Any, ...]]]:
 
 
 def stage_arguments(block: InvertedResidual, x: Tensor) -> tuple[Any, ...]:
-    """The arguments of `block_train`, as `run_block` gives them; parameters detached."""
+    """The arguments of `block_train`, as `run` gives them; parameters detached."""
     with recorded("block_train") as calls:
         block(x)
     return tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in calls[0])
@@ -666,7 +667,7 @@ def test_an_infinite_pixel_of_a_frozen_stem() -> None:
     x = torch.randn(2, 3, 9, 8)
     x[0, 1, 4, 4] = float("inf")
     results = []
-    for call in (lambda stem, x: training.run_conv_bn_relu6(stem, x), nn.Module.__call__):
+    for call in (lambda stem, x: training.run(partial(network.convolution, stem), [stem], x), nn.Module.__call__):
         found = results_of(copy.deepcopy(stem), x.clone().requires_grad_(), call=call)
         results.append({name: t.double().nan_to_num(12345.0, 54321.0) for name, t in found.items()})
     check(errors(*results, {name: float(t.norm()) for name, t in results[1].items()}), 1e-5)
@@ -816,9 +817,9 @@ def test_unusual_children(change: Callable[[InvertedResidual], None]) -> None:
     """The block runs as its modules do, and says why."""
     x = torch.randn(2, 16, 7, 7)
     block = InvertedResidual(16, 16, 1, 6).train()
-    assert training.why_not(block.conv, x, block.use_res_connect) == ""
+    assert training.why_not(block._describe, [block.conv], x) == ""
     change(block)
-    assert training.why_not(block.conv, x, block.use_res_connect) != ""
+    assert training.why_not(block._describe, [block.conv], x) != ""
     state, results = copy.deepcopy(block.state_dict()), []
     for block.fused in (True, False):  # no copies: a forward of its own would stay the original's
         block.load_state_dict(state)
@@ -858,11 +859,11 @@ def test_hooks_fire() -> None:
         block = not_inplace(InvertedResidual(16, 16, 1, 6).train())
         fired: list[int] = []
         handle = register(find(block), lambda *_, fired=fired: fired.append(1))
-        assert (training.why_not(block.conv, x, True) != "") == (find(block) is not block)
+        assert (training.why_not(block._describe, [block.conv], x) != "") == (find(block) is not block)
         block(x).sum().backward()
         assert fired == [1], (register.__name__, type(find(block)))
         handle.remove()
-        assert training.why_not(block.conv, x, True) == ""
+        assert training.why_not(block._describe, [block.conv], x) == ""
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
