@@ -29,13 +29,13 @@ class _Fusion:
     Copies and pickles come without either, and find them again at the first call.
     """
 
-    def __init__(self, single: bool, known: recognition.Chain | None = None) -> None:
-        self._single = single  # one layer, which has a fused form in training too
+    def __init__(self, trains: bool, known: recognition.Chain | None = None) -> None:
+        self._trains = trains  # not a network, whose parts are fused for that
         self._chain = FusedChain((), self._describe, _steering)
         self._known = known
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _Fusion, (self._single,)
+        return _Fusion, (self._trains,)
 
     def _recognise(self, module: nn.Module) -> recognition.Chain:
         """Anew where the module is no longer what it was."""
@@ -44,37 +44,37 @@ class _Fusion:
             expect(known is not None, "it is compiled before it has been called")
         elif known is None or not known.is_of(module):
             known = self._known = recognition.recognise(module)
+        expect(not known.refusal, known.refusal)
         return known
 
     def _describe(self, module: nn.Module) -> list[Stage]:
-        trains = any(m.training for m in module.modules() if type(m) is not nn.Sequential)
-        expect(not trains, "a module inside is in training mode")
         known = self._recognise(module)
-        expect(not known.refusal, known.refusal)
+        if known.not_in_training:
+            trains = any(m.training for m in module.modules() if type(m) is not nn.Sequential)
+            expect(not trains, f"a module inside is in training mode, and {known.not_in_training}")
         return known.stages
 
-    def _describe_layer(self, module: nn.Module) -> Stage:
-        expect(self._single, "it is more than one layer")
+    def _describe_training(self, module: nn.Module) -> list[Stage]:
         known = self._recognise(module)
         expect(not known.not_in_training, known.not_in_training)
-        return known.stages[0]
+        return known.stages
 
     def forget(self) -> None:
         self._chain.forget()
 
     def why_not(self, module: nn.Module, x: Tensor) -> str:
         reason = self._chain.why_not(module, x)
-        if not reason or not self._single:
+        if not reason or not self._trains:
             return reason
-        return training.why_not(functools.partial(self._describe_layer, module), module.children(), x)
+        return training.why_not(functools.partial(self._describe_training, module), module.children(), x)
 
     def __call__(self, module: nn.Module, x: Tensor) -> Any:
         """The module's result; None where it cannot run fused."""
         if "_is_replica" in module.__dict__:  # of nn.DataParallel: it shares this object with its original
             return None
         y = self._chain(module, x)
-        if y is None and self._single:
-            y = training.run(functools.partial(self._describe_layer, module), module.children(), x)
+        if y is None and self._trains:
+            y = training.run(functools.partial(self._describe_training, module), module.children(), x)
         spec = self._known.spec if y is not None else None
         return y if spec is None else pytree.tree_unflatten([y], spec)
 
@@ -181,6 +181,10 @@ class _Place(NamedTuple):
     module: nn.Module
     chain: recognition.Chain | None
 
+    @property
+    def is_block(self) -> bool:
+        return self.chain is not None and any(stage.layer.kind == ops.BLOCK for stage in self.chain.stages)
+
 
 def _visit(module: nn.Module, name: str, inside: bool, called: Callable[[str], bool]) -> list[_Place]:
     """What there is in a module, outermost first.
@@ -194,23 +198,26 @@ def _visit(module: nn.Module, name: str, inside: bool, called: Callable[[str], b
     convs, depthwise = _convs(module), sum(map(recognition.is_depthwise, module.modules()))
     chain = None
     if depthwise <= 1 and convs in (1, 2, 3) or depthwise and not inside:
-        called_here = called("") and not isinstance(module, (nn.Conv2d, nn.ModuleList, nn.ModuleDict))
-        chain = recognition.recognise(module) if called_here else None
-    stages = chain.stages if chain else []
-    if len(stages) == 1:
-        hooked = _inner_hook(module)
-        return [_Place(Found(name, _name_of(stages), f"a hook inside, on {hooked}" if hooked else ""), module, chain)]
-    places = []
-    if stages and not inside:
-        places.append(_Place(Found(name, _name_of(stages), ""), module, chain))
+        callable_ = called("") and not isinstance(module, (nn.Conv2d, nn.ModuleList, nn.ModuleDict))
+        chain = recognition.recognise(module) if callable_ else None
+    found = _name_of(chain.stages) if chain and chain.stages else ""
+    network = bool(found) and chain.is_network
+    hooked = _inner_hook(module) if found and not network else ""
+    if found and not network and not hooked:
+        return [_Place(Found(name, found, ""), module, chain)]
     if chain and chain.called is not None:
         called = chain.called.__contains__
+    places = []
     for key, child in module.named_children():
         within = functools.partial(_within, called, key)
-        places += _visit(child, f"{name}.{key}".lstrip("."), inside or bool(stages), within)
-    # What is around one depthwise convolution is a block, or was meant as one.
-    if chain and chain.refusal and depthwise == 1 and convs > 1 and all(place.line.reason for place in places):
-        return [_Place(Found(name, f"a block of {convs} convolutions", chain.refusal), module, None)]
+        places += _visit(child, f"{name}.{key}".lstrip("."), inside or network, within)
+    if network and not inside:
+        return [_Place(Found(name, found, ""), module, chain), *places]
+    reason = f"a hook inside, on {hooked}" if hooked else chain.refusal if chain else ""
+    # What is around one depthwise convolution is a block, or was meant as one, where none inside it is.
+    if reason and depthwise == 1 and convs > 1 and not any(place.is_block for place in places):
+        refused = _Place(Found(name, found or f"a block of {convs} convolutions", reason), module, None)
+        return [refused, *(place for place in places if not place.line.reason)]
     return places
 
 
@@ -254,7 +261,7 @@ def fuse(model: Model, *, report: bool = False) -> Model | tuple[Model, FuseRepo
     for line, module, chain in _visit(model, "", False, lambda name: True):
         found.append(line)
         if not line.reason and chain is not None and not is_fused(module):
-            module.__dict__["_fusion"] = _Fusion(len(chain.stages) == 1, chain)
+            module.__dict__["_fusion"] = _Fusion(not chain.is_network, chain)
             module.__class__ = _fused_class(type(module))
     if not found.fused:
         why = f"; {found.unfused[0].name}: {found.unfused[0].reason}" if found else ""

@@ -153,12 +153,16 @@ class InvertedResidual(nn.Module):
             return y
         return x + self.conv(x) if self.use_res_connect else self.conv(x)
 
-    def _describe(self) -> Stage:
-        return network.block(self.conv, self.use_res_connect)
+    def _describe(self) -> list[Stage]:
+        return [network.block(self.conv, self.use_res_connect)]
 
 
 def _describe_block(module: InvertedResidual) -> list[Stage]:
-    return [module._describe()]
+    return module._describe()
+
+
+def _describe_rest(module: nn.Module) -> list[Stage]:
+    return [network.block(module, False)]
 
 
 def _does_more(block: InvertedResidual) -> bool:
@@ -437,7 +441,7 @@ class MobileNet(nn.Module):
         y = None
         if piece == REST:
             module = module.conv[1:]
-            y = training.run(partial(network.block, module, False), [module], x) if self.fused else None
+            y = training.run(partial(_describe_rest, module), [module], x) if self.fused else None
         else:
             module = module.conv[0] if piece == EXPAND else module
             if self.fused and not isinstance(module, InvertedResidual):

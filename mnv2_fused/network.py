@@ -164,10 +164,10 @@ def block(module: nn.Module, residual: bool) -> Stage:
     return Stage(layer, tuple(weights), same)
 
 
-def convolution(module: nn.Module) -> Stage:
+def convolution(module: nn.Module) -> list[Stage]:
     """A stem or a head."""
     conv, _ = conv_bn_relu6(module)
-    return stem(module) if conv.kernel_size == (3, 3) else pointwise(module)
+    return [stem(module) if conv.kernel_size == (3, 3) else pointwise(module)]
 
 
 def pool(channels: int) -> Stage:

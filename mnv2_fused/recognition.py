@@ -13,7 +13,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class _Watcher(TorchDispatchMode):
         super().__init__()
         self._values: dict[int, Value] = {}
         self._tensors: list[Tensor] = []  # alive, so that no other gets its id
-        self._image = image
+        self._image, self.refusal = image, ""
         self._set(image, Value("image"))
 
     def _set(self, tensor: Tensor, value: Value) -> None:
@@ -68,13 +68,16 @@ class _Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = _like(func, args) if func in _ELEMENTWISE else func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        try:
+            result = _like(func, args) if func in _ELEMENTWISE else func(*args, **kwargs)
+        except NotImplementedError:  # on the meta device
+            raise Unfusable(_what(Value(name))) from None
         arguments = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
         sources = [self.value_of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         inputs = tuple(value for value in sources if value is not _UNKNOWN)
-        name = func._schema.name.removeprefix("aten::")
         if func._schema.is_mutable and args and args[0] is self._image:
-            raise Unfusable(f"it changes its input in place ({name})")
+            self.refusal = f"it changes its input in place ({name})"
         tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         for tensor in tensors[:1]:
             value = self._read(name.removesuffix("_"), inputs, arguments, tensor)
@@ -105,8 +108,14 @@ class _Watcher(TorchDispatchMode):
             return Value("pad" if zero else "a padding that is not of zeros", inputs, {"pads": tuple(pads)})
         if name == "add" and len(inputs) == 2 and given.get("alpha", 1) == 1 and inputs[0].shape == inputs[1].shape:
             return Value("sum", inputs)
-        if name == "mean" and sorted(d % 4 for d in given.get("dim") or ()) == [2, 3] and len(first.shape) == 4:
-            return Value("mean", inputs)
+        if name == "mean" and given.get("dim"):
+            axes = sorted(d % len(first.shape) for d in given["dim"])
+            if (len(first.shape), axes) == (4, [2, 3]):
+                return Value("mean", inputs)
+            if (len(first.shape), axes, len(shape)) == (4, [3], 3):
+                return Value("mean of columns", inputs)
+            if (first.operator, axes) == ("mean of columns", [2]):
+                return Value("mean", first.inputs)
         if name in _VIEWS:
             return Value("same" if shape == first.shape else "reshaped", inputs)
         if name in ("addmm", "mm"):
@@ -152,8 +161,8 @@ def _copy_without_data(module: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]
     return copied, originals
 
 
-def _watch(module: nn.Module, image: Tensor) -> tuple[Any, Callable[[Tensor], Value]]:
-    """The result of a call, and what made its tensors."""
+def _watch(module: nn.Module, image: Tensor) -> tuple[Any, _Watcher]:
+    """The result of a call, and what was noted of it."""
     watcher = _Watcher(image)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), watcher:
@@ -163,7 +172,7 @@ def _watch(module: nn.Module, image: Tensor) -> tuple[Any, Callable[[Tensor], Va
     except Exception as error:  # whatever someone's forward raises for a tensor without data
         lines = str(error).strip().splitlines()
         raise Unfusable(f"its forward cannot be watched: {type(error).__name__}: {lines[0] if lines else ''}") from None
-    return result, watcher.value_of
+    return result, watcher
 
 
 # ------------------------------------------------------------------------------------- from an expression to layers
@@ -359,9 +368,9 @@ class _Reader:
             return [*self.stages(source), Stage(layer, tuple((part.conv, part.norm) for part in parts))]
 
         readings = [partial(read, None, depthwise.given)]
-        with suppress(Unfusable):
+        if depthwise.given.operator == "relu6":
             expand = self._conv(depthwise.given)
-            if expand.pointwise and expand.relu6:
+            if expand.pointwise:
                 readings.insert(0, partial(read, expand, expand.given))
         return self._first(readings)
 
@@ -439,7 +448,13 @@ class Chain:
     spec: pytree.TreeSpec | None  # of the result, where it is something that holds one tensor
     refusal: str  # why there are no stages; "" where there are
     called: frozenset[str] | None  # the modules inside that a call calls, by name; None where it could not be watched
-    not_in_training: str  # why a call in training mode is not the same single layer; "" where it is
+    not_in_training: str  # why a call in training mode is not the same blocks and convolutions; "" where it is
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it is more than what one module may be in training: at most one block, and convolutions around it."""
+        kinds = [stage.layer.kind for stage in self.stages]
+        return kinds.count(ops.BLOCK) > 1 or ops.POOL in kinds
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module is as it was: children and attributes; what tensors hold does not matter."""
@@ -450,22 +465,21 @@ def recognise(module: nn.Module) -> Chain:
     """What a call of the module is, or why it is no chain of layers that the kernels have."""
     state = _state_of(module)
     called: set[str] = set()
-    make = partial(Chain, state)
     try:
         read = _reader_of(module, called)
         (even, spec), (odd, _) = read(EVEN, False), read(ODD, False)
         stages = _merged(even, odd)
     except Unfusable as refusal:
-        return make([], None, str(refusal), frozenset(called) if called else None, str(refusal))
-    make = partial(make, stages, spec, "", frozenset(called))
-    if len(stages) > 1:
-        return make("it is more than one layer")
+        return Chain(state, [], None, str(refusal), frozenset(called) if called else None, str(refusal))
+    chain = Chain(state, stages, spec, "", frozenset(called), "its parts are fused one by one")
+    if chain.is_network:
+        return chain
     try:
         trained = _merged(read(EVEN, True)[0], read(ODD, True)[0])
-        expect(trained == stages, "another layer than in eval mode")
+        expect(trained == stages, "it is not what it is in eval mode")
     except Unfusable as refusal:
-        return make(f"in training: {refusal}")
-    return make("")
+        return replace(chain, not_in_training=f"in training: {refusal}")
+    return replace(chain, not_in_training="")
 
 
 def _reader_of(
@@ -497,13 +511,14 @@ def _reader_of(
             image = torch.empty(2, channels, *size, dtype=convs[0].weight.dtype, device="meta")
             try:
                 seen.clear()
-                result, values = _watch(copied, image)
+                result, watcher = _watch(copied, image)
             except Unfusable as refusal:
                 refusals.append(refusal)
                 continue
             called.update(seen)
+            expect(not watcher.refusal, watcher.refusal)
             leaves, spec = pytree.tree_flatten(result)
-            given = [values(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+            given = [watcher.value_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
             expect(len(leaves) == len(given) == 1, f"its forward returns {len(leaves)} values, not one tensor")
             stages = _Reader(originals, modules).stages(given[0])
             expect(bool(stages), "it returns its input")

@@ -311,7 +311,7 @@ def _group(norms: list[nn.Module]) -> str:
     return groups.pop() if groups else ""
 
 
-Describe = Callable[[], network.Stage]
+Describe = Callable[[], list[network.Stage]]
 
 
 def why_not(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> str:
@@ -323,29 +323,30 @@ def why_not(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> str:
     return ""
 
 
-def _described(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> network.Stage:
+def _described(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> list[network.Stage]:
     reason = network.why_no_op(x)
     expect(not reason, reason)
-    stage = describe()
+    stages = describe()
     _check(inside, x)
-    channels = stage.layer.in_channels
-    expect(x.shape[1] == channels, f"the input is {list(x.shape)}, not [N, {channels}, H, W]")
-    kept = not stage.layer.residual or x.dtype == arithmetic(x).dtype
+    first = stages[0].layer
+    expect(x.shape[1] == first.in_channels, f"the input is {list(x.shape)}, not [N, {first.in_channels}, H, W]")
+    kept = not first.residual or x.dtype == arithmetic(x).dtype
     expect(kept, f"x is {x.dtype}, and so is the sum that autocast makes")
-    norms = [bn for _, bn in stage.weights if bn is not None]
-    expect(x.shape[0] > 0 or bool(_group(norms)), "there is no image")
-    expect(torch.is_grad_enabled() or any(map(_takes_batch, norms)), _NOT_ASKED)
-    return stage
+    for stage in stages:
+        norms = [bn for _, bn in stage.weights if bn is not None]
+        expect(x.shape[0] > 0 or bool(_group(norms)), "there is no image")
+        expect(torch.is_grad_enabled() or any(map(_takes_batch, norms)), _NOT_ASKED)
+    return stages
 
 
 def run(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> Tensor | None:
-    """A block, or a stem or head, in training or with gradients, as one op; None where it cannot run so.
+    """Blocks, or a stem or head, in training or with gradients, an op each; None where they cannot run so.
 
     Running statistics are updated. Of the activations that the modules would keep for backward, a block keeps its input
     and its projection, stem and head one beside the result.
 
     Args:
-        describe: makes the stage, of kind BLOCK or CONV3X3 or POINTWISE with its ReLU6; raises Unfusable.
+        describe: makes the stages, of kind BLOCK or CONV3X3 or POINTWISE with its ReLU6; raises Unfusable.
         inside: the modules that a call runs, which may not do more than their types say.
         x: [N, C_in, H, W], float32, float64 or bfloat16; on CUDA float16, bfloat16 or float32; under autocast its
             dtype. The gradients are those of the modules.
@@ -354,12 +355,14 @@ def run(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> Tensor | 
         ValueError: a BatchNorm in training with one value per channel, as nn.BatchNorm2d raises it.
     """
     try:
-        described = _described(describe, inside, x)
+        stages = _described(describe, inside, x)
     except network.Unfusable:
         return None
-    layer, weights = described.at(*x.shape[2:]), described.weights
     x = x.to(arithmetic(x).dtype)
-    return _run_block(layer, weights, x) if layer.kind == ops.BLOCK else _run_convolution(layer, weights[0], x)
+    for stage in stages:
+        layer, weights = stage.at(*x.shape[2:]), stage.weights
+        x = _run_block(layer, weights, x) if layer.kind == ops.BLOCK else _run_convolution(layer, weights[0], x)
+    return x
 
 
 def _run_block(layer: ops.Layer, weights: network.Weights, x: Tensor) -> Tensor:
