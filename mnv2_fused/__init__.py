@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .checkpoints import convert_state_dict
 from .deeplab import DeepLabV3, segmentation_loss
 from .fusion import FuseReport, fuse, unfuse
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
@@ -9,6 +10,7 @@ from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
 from .ops import empty_cache, inverted_residual, kernels, selected_kernel
 from .quantization import QuantizedModel, prepare_qat, quantize
 from .ssdlite import SSDLite
+from .weights import load_checkpoint
 
 __all__ = [
     "DeepLabV3",
@@ -18,10 +20,12 @@ __all__ = [
     "MobileNetV2",
     "QuantizedModel",
     "SSDLite",
+    "convert_state_dict",
     "empty_cache",
     "fuse",
     "inverted_residual",
     "kernels",
+    "load_checkpoint",
     "mobilenet_v1",
     "mobilenet_v2",
     "prepare_qat",

@@ -19,7 +19,7 @@ from rich.table import Table
 from . import _C, benchmark, digits, images
 from .cli_pictures import load_classifier, most_probable, read_labels
 from .terminal import check_kernel, check_plot, fail, note, out, printable, progress, write
-from .weights import infer_architecture, random_model
+from .weights import random_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -276,13 +276,15 @@ def _demo_photographs(plot: Path, weights: str, labels: Path | None) -> None:
     else:
         model = load_classifier(weights)
     names = read_labels(labels, model.num_classes) if labels else None
-    inputs = torch.from_numpy(np.stack([images.preprocess(photo, 232) for photo in photos.values()]))
+    inputs = torch.from_numpy(
+        np.stack([images.preprocess(photo, 232, 224, model.image_mean, model.image_std) for photo in photos.values()])
+    )
 
     answers, agree, verdict = _compare(model, inputs, list(photos))
     out.print(_answers_table(answers, names))
     out.print(verdict + "\n")
     options = benchmark.Options(
-        width=infer_architecture(model.state_dict())["width_mult"],
+        width=model.config["width_mult"],
         runners=("fused", "eager", "eager channels_last"),
         seconds=DEMO_SECONDS,
     )

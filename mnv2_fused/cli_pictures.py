@@ -59,7 +59,9 @@ def classify(
     paths: PicturesArgument,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="FILE|torchvision", help="A .pth, .pt or .safetensors state dict, or a 14 MB download."),
+        typer.Option(
+            metavar="FILE|torchvision", help="A state dict of torchvision, timm or transformers, or a 14 MB download."
+        ),
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Class names, one per line; without it classes are numbers.")
@@ -83,7 +85,7 @@ def classify(
         fail("--json and --csv exclude each other")
     if weights is None:
         fail(
-            "no weights: give --weights FILE (a state dict in torchvision's layout: .pth, .pt or .safetensors) "
+            "no weights: give --weights FILE (keys of torchvision, timm or transformers; .pth, .pt or .safetensors) "
             f"or --weights torchvision (downloads {TORCHVISION_URL}, 14 MB)"
         )
     if resize is None:
@@ -145,7 +147,7 @@ def _predict(
 
     def read(path: Path) -> np.ndarray | images.ImageError:
         try:
-            return images.preprocess(images.read_image(path), resize, crop)
+            return images.preprocess(images.read_image(path), resize, crop, model.image_mean, model.image_std)
         except images.ImageError as error:
             return error
 

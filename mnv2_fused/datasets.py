@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw, ImageEnhance
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import MEAN, STD, ImageError, read_image
+from .images import ImageError, read_image
+from .mobilenet_v2 import IMAGENET_MEAN, IMAGENET_STD
 
 IGNORED = 255
 
@@ -34,7 +35,7 @@ MAX_XML_BYTES = 1 << 24  # of one picture's annotation; VOC's have a few thousan
 MAX_PIXELS = 1 << 25  # of a picture: the augmentations enlarge it up to 16 times
 
 # ImageNet's mean, which `normalize` makes nearly 0: what an image is padded with.
-FILL = tuple(int(value) for value in np.rint(MEAN * 255))
+FILL = tuple(int(value) for value in np.rint(np.array(IMAGENET_MEAN, np.float32) * 255))
 
 Boxes: TypeAlias = dict[str, Tensor]
 Target: TypeAlias = Boxes | Tensor
@@ -825,7 +826,7 @@ def collate(items: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Boxes]
     return torch.stack(images), torch.stack(targets) if isinstance(targets[0], Tensor) else list(targets)
 
 
-def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """uint8 [..., 3, H, W] to the network's float32, (images / 255 - mean) / std, on the images' device.
 
     ImageNet's mean and deviation are torchvision's; TensorFlow's SSDLite and DeepLab have 0.5 for both.

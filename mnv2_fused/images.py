@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from .mobilenet_v2 import IMAGENET_MEAN, IMAGENET_STD
 
 # What may be decoded, by content and not by file name. Pillow knows more formats, but EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -16,9 +18,6 @@ SUFFIXES = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm 
 
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
-
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class ImageError(ValueError):
@@ -95,10 +94,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, resize: int = 256, crop: int = 224) -> np.ndarray:
-    """RGB picture to float32 (3, crop, crop): short side to `resize` (bilinear, antialiased), centre crop, ImageNet
-    mean and standard deviation. The same numbers as torchvision's `transforms._presets.ImageClassification` for a PIL
-    image. Raises ImageError for a picture so long and thin that the resized one would exceed MAX_PIXELS.
+def preprocess(
+    image: Image.Image,
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> np.ndarray:
+    """RGB picture to float32 (3, crop, crop): short side to `resize` (bilinear, antialiased), centre crop, values of 0
+    to 1 less `mean` by `std` (of each channel; ImageNet's). The same numbers as torchvision's
+    `transforms._presets.ImageClassification` for a PIL image. Raises ImageError for a picture so long and thin that the
+    resized one would exceed MAX_PIXELS.
     """
     if not 0 < crop <= resize:
         raise ValueError(f"crop must be in 1..resize; got crop={crop}, resize={resize}")
@@ -111,7 +117,7 @@ def preprocess(image: Image.Image, resize: int = 256, crop: int = 224) -> np.nda
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     pixels = np.asarray(image.crop((left, top, left + crop, top + crop)))
-    pixels = (pixels.astype(np.float32) / np.float32(255) - MEAN) / STD
+    pixels = (pixels.astype(np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

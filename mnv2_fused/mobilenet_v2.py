@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Real
@@ -14,6 +15,24 @@ from torch.compiler import is_compiling
 from . import network, training
 from .network import Conv2dSame, FusedChain, Stage
 from .ops import Layer
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError:
+
+    class PyTorchModelHubMixin:  # type: ignore[no-redef]
+        """What says that huggingface_hub is missing."""
+
+        def __init_subclass__(cls, **_: Any) -> None:
+            super().__init_subclass__()
+
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+            """Of a folder or a repository on the Hub."""
+            raise ImportError("huggingface_hub is not installed: pip install 'mnv2_fused[hub]'")
+
+        save_pretrained = push_to_hub = from_pretrained
+
 
 # Table 2 of the paper: expansion t, output channels c, repeats n, stride s of the first block in the row.
 INVERTED_RESIDUAL_SETTING: tuple[tuple[int, int, int, int], ...] = (
@@ -306,6 +325,31 @@ class MobileNet(nn.Module):
             return nn.Identity()
         return nn.Sequential(nn.Dropout(self.dropout), nn.Linear(self.num_features, num_classes))
 
+    @property
+    def padding(self) -> str:
+        """As of MobileNetV2. Setting it changes the convolutions in place: what follows other weights than before."""
+        return "same" if any(type(module) is Conv2dSame for module in self.features.modules()) else "symmetric"
+
+    @padding.setter
+    def padding(self, value: str) -> None:
+        if value not in ("symmetric", "same"):
+            raise ValueError(f"padding should be 'symmetric' or 'same', got {value!r}")
+        for module in self.features.modules():
+            if type(module) in (nn.Conv2d, Conv2dSame) and module.kernel_size == (3, 3):
+                module.__class__ = Conv2dSame if value == "same" else nn.Conv2d
+        self.repack()
+
+    @property
+    def norm_eps(self) -> float:
+        """What every BatchNorm adds to the variance."""
+        return next(module.eps for module in self.features.modules() if isinstance(module, nn.BatchNorm2d))
+
+    @norm_eps.setter
+    def norm_eps(self, value: float) -> None:
+        for module in self.features.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eps = value
+
     def _init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -524,7 +568,10 @@ class MobileNet(nn.Module):
         return self.forward_head(self.forward_features(x)) if y is None else y
 
 
-class MobileNetV2(MobileNet):
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class MobileNetV2(MobileNet, PyTorchModelHubMixin, library_name="mnv2_fused", tags=["mobilenet_v2"]):
     """MobileNetV2: images [N, in_channels, H, W] -> logits [N, num_classes], any H, W >= 1.
 
     The state dict is torchvision's, key for key, and so are rounding and initialisation: one seed gives both the same
@@ -547,10 +594,15 @@ class MobileNetV2(MobileNet):
         bottleneck_activation: after every projection, "linear" or "relu6" (figure 6a of the paper).
         shortcut: what is added where shapes allow it (figure 6b): "bottleneck", a block's input to its output;
             "expansion", the expansion of a block to that of the next one; or "none".
+        norm_eps: of every BatchNorm; 0.001 in TensorFlow.
+        image_mean, image_std: by channel, of the normalisation that the weights expect of images in 0 to 1. The network
+            does not do it; attributes of these names tell those who prepare images.
 
     Raises:
         ValueError: inverted_residual_setting is empty, or a row of it is not four numbers, or a stride not 1 or 2;
             output_stride, padding, out_indices, bottleneck_activation or shortcut are none of those.
+
+    `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's (the extra `hub`).
     """
 
     def __init__(
@@ -568,6 +620,9 @@ class MobileNetV2(MobileNet):
         out_indices: Sequence[int] | None = None,
         bottleneck_activation: str = "linear",
         shortcut: str = "bottleneck",
+        norm_eps: float = 1e-5,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         if shortcut not in ("bottleneck", "expansion", "none"):
             raise ValueError(f"shortcut should be 'bottleneck', 'expansion' or 'none', got {shortcut!r}")
@@ -592,6 +647,56 @@ class MobileNetV2(MobileNet):
             out_indices=out_indices,
         )
         self._wide = shortcut == "expansion"
+        rows = inverted_residual_setting
+        self._arguments = dict(
+            width_mult=width_mult, inverted_residual_setting=rows and [list(row) for row in rows],
+            round_nearest=round_nearest,
+            output_stride=output_stride, features_only=features_only, out_indices=out_indices,
+            bottleneck_activation=bottleneck_activation, shortcut=shortcut,
+        )  # fmt: skip
+        self.norm_eps = norm_eps
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments that make a network like this one, as it is now; of what JSON can hold."""
+        now = ("num_classes", "dropout", "in_channels", "padding", "norm_eps", "image_mean", "image_std")
+        found = self._arguments | {name: getattr(self, name) for name in now}
+        lists = {
+            name: list(value) for name, value in found.items() if isinstance(value, Sequence) and value != str(value)
+        }
+        return found | lists
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, config: Any = None, **kwargs: Any) -> str | None:
+        """Writes model.safetensors, config.json and a model card into a folder; see huggingface_hub's mixin."""
+        return super().save_pretrained(save_directory, config=self.config if config is None else config, **kwargs)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | os.PathLike | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        **arguments: Any,
+    ) -> MobileNetV2:
+        """Of a folder or a repository: ours, or one of timm or transformers, whose config.json says something else."""
+        from . import weights  # which makes networks of this class
+
+        folder = model_id
+        if not os.path.isdir(folder):
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(
+                model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token,
+                local_files_only=local_files_only, allow_patterns=["*.json", "model.safetensors"],
+            )  # fmt: skip
+        return weights.load_folder(cls, folder, arguments, strict=strict).to(map_location)
 
 
 def mobilenet_v2(**kwargs: Any) -> MobileNetV2:

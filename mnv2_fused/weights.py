@@ -1,8 +1,12 @@
-"""Weights from untrusted files into our networks: nothing in the file is executed, size and shapes are checked."""
+"""Weights from untrusted files into our networks: nothing in the file is executed, size and shapes are checked.
+
+Keys of other libraries are read by checkpoints.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import socket
@@ -12,12 +16,13 @@ import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import REPEATS, Checkpoint, Traits, recognise
 from .deeplab import DeepLabV3
 from .mobilenet_v2 import (
     HEAD_CHANNELS,
@@ -46,18 +51,18 @@ class WeightsError(ValueError):
 
 
 def read_state_dict(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
-    """Tensors by name from a .pth / .pt file (`weights_only`) or a .safetensors file, on the CPU.
+    """Tensors by name from a .pth / .pt / .bin file (`weights_only`) or a .safetensors file, on the CPU.
 
-    A state dict inside {"state_dict": ...} or {"model": ...} is taken out, the prefix "module." of DataParallel
-    removed. Raises WeightsError for a file that is missing, larger than `max_bytes` (also once unpacked), damaged, or
-    holds anything but tensors.
+    A state dict inside {"state_dict": ...} or {"model": ...} is taken out, and the prefixes "module." of DataParallel
+    and "_orig_mod." of torch.compile are removed. Raises WeightsError for a file that is missing, larger than
+    `max_bytes` (also once unpacked), damaged, or holds anything but tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     suffix = path.suffix.lower()
-    if suffix not in (".pth", ".pt", ".safetensors"):
-        raise WeightsError(f"{path}: unknown kind of weights; expected .pth, .pt or .safetensors")
+    if suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+        raise WeightsError(f"{path}: unknown kind of weights; expected .pth, .pt, .bin or .safetensors")
     size = path.stat().st_size
     if size <= max_bytes and suffix != ".safetensors" and zipfile.is_zipfile(path):
         size = _unpacked_size(path)
@@ -114,9 +119,11 @@ def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: expected tensors by name, found {type(value).__name__} at {key!r}")
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise WeightsError(f"{path}: {key} is not a plain dense tensor")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
+    content = {key: value for key, value in content.items() if key != "n_averaged"}  # of swa_utils.AveragedModel
+    for prefix in ("module.", "_orig_mod."):  # of DataParallel and of torch.compile
+        if content and all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return content
 
 
 def torchvision_weights() -> Path:
@@ -147,51 +154,70 @@ def torchvision_weights() -> Path:
     return path
 
 
-def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, int | float]:
-    """`num_classes`, `width_mult` and `in_channels` for MobileNetV2(...) to have exactly these keys and shapes.
+def infer_architecture(state_dict: Mapping[str, Tensor], repeats: tuple[int, ...] = REPEATS) -> dict[str, Any]:
+    """Arguments for MobileNetV2(...) to have exactly these keys and shapes; `repeats` are the blocks by stage.
 
-    Raises WeightsError that lists the keys (missing, unexpected, of another shape) when there is no such network.
+    `num_classes`, `in_channels` and `width_mult`, or where there are other numbers of blocks than the paper's (as in
+    timm's mobilenetv2_110d) `inverted_residual_setting`. Raises WeightsError that lists the keys (missing, unexpected,
+    of another shape) when there is no such network.
     """
-    _check_keys(state_dict)
+    return _infer(Checkpoint(dict(state_dict), "torchvision", repeats, Traits(), {}))
+
+
+def _infer(checkpoint: Checkpoint) -> dict[str, Any]:
+    state_dict, repeats = checkpoint.state_dict, checkpoint.repeats
+    if repeats == REPEATS:
+        _check_keys(state_dict, names=checkpoint.names)
+    else:
+        rows = [(t, c, n, s) for (t, c, _, s), n in zip(INVERTED_RESIDUAL_SETTING, repeats, strict=False)]
+        if len(repeats) != len(INVERTED_RESIDUAL_SETTING):
+            raise WeightsError(
+                f"{len(repeats)} stages of blocks, where MobileNetV2 has {len(INVERTED_RESIDUAL_SETTING)}"
+            )
+        _check_keys(state_dict, partial(MobileNetV2, inverted_residual_setting=rows), names=checkpoint.names)
     stem, classifier = state_dict["features.0.0.weight"], state_dict["classifier.1.weight"]
     if stem.ndim != 4 or classifier.ndim != 2 or classifier.shape[0] == 0:
         raise WeightsError(
             "expected features.0.0.weight of rank 4 and classifier.1.weight of rank 2 with a row per class, "
             f"got shapes {tuple(stem.shape)} and {tuple(classifier.shape)}"
         )
-    found = {"num_classes": classifier.shape[0], "in_channels": stem.shape[1]}
-    channels = (stem.shape[0], *_stage_channels(state_dict), classifier.shape[1])
-    for width_mult in WIDTHS:
-        if channels == _channels(width_mult):
-            found["width_mult"] = width_mult
-            break
+    found: dict[str, Any] = {"num_classes": classifier.shape[0], "in_channels": stem.shape[1]}
+    stages = _stage_channels(state_dict, repeats)
+    channels = (stem.shape[0], *stages, classifier.shape[1])
+    widths = [width for width in WIDTHS if channels == _channels(width)]
+    if widths and repeats == REPEATS:
+        found["width_mult"] = widths[0]
+    elif repeats != REPEATS and channels[0] == STEM_CHANNELS and all(c > 0 and c % 8 == 0 for c in stages):
+        setting = zip(INVERTED_RESIDUAL_SETTING, stages, repeats, strict=True)
+        found["inverted_residual_setting"] = [(t, c, n, s) for (t, _, _, s), c, n in setting]
     else:
         raise WeightsError(f"no width multiplier gives the channels {channels} (stem, stages, features)")
     with torch.device("meta"):
         expected = MobileNetV2(**found).state_dict()
-    _check_shapes(state_dict, expected, found["width_mult"])
+    _check_shapes(state_dict, expected, f"width {found.get('width_mult', 1.0)}")
     return found
 
 
-def _check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], width_mult: float) -> None:
+def _check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     mismatched = [
         f"{key} {tuple(value.shape)} (expected {tuple(expected[key].shape)})"
         for key, value in state_dict.items()
         if value.shape != expected[key].shape
     ]
     if mismatched:
-        raise WeightsError(f"shapes that do not fit width {width_mult}: {_listing(mismatched)}")
+        raise WeightsError(f"shapes that do not fit {what}: {_listing(mismatched)}")
 
 
 def _check_keys(
     state_dict: Mapping[str, Tensor],
     make: Callable[[], nn.Module] = MobileNetV2,
-    what: str = "MobileNetV2 in torchvision's layout",
+    what: str = "MobileNetV2",
+    names: Mapping[str, str] | None = None,
 ) -> None:
     with torch.device("meta"):
         expected = make().state_dict()
-    # PyTorch itself fills in this counter, which many files leave out; inference does not use it.
-    missing = [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
+    names = names or {}
+    missing = [names.get(key, key) for key in _missing(state_dict, expected)]
     unexpected = [key for key in state_dict if key not in expected]
     problems = [f"{len(missing)} keys missing: {_listing(missing)}"] if missing else []
     problems += [f"{len(unexpected)} keys unexpected: {_listing(unexpected)}"] if unexpected else []
@@ -204,13 +230,18 @@ def _check_keys(
         raise WeightsError(f"not {what}: " + "; ".join(problems))
 
 
+def _missing(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    # PyTorch itself fills in this counter, which many files leave out; inference does not use it.
+    return [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
+
+
 def _listing(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _stage_channels(state_dict: Mapping[str, Tensor]) -> list[int]:
+def _stage_channels(state_dict: Mapping[str, Tensor], repeats: tuple[int, ...] = REPEATS) -> list[int]:
     index, channels = 1, []
-    for t, _, n, _ in INVERTED_RESIDUAL_SETTING:
+    for (t, _, _, _), n in zip(INVERTED_RESIDUAL_SETTING, repeats, strict=True):
         project = state_dict[f"features.{index}.conv.{1 if t == 1 else 2}.weight"]
         channels.append(project.shape[0] if project.ndim else 0)
         index += n
@@ -270,15 +301,180 @@ def random_model(
 def load_model(weights: str | os.PathLike) -> MobileNetV2:
     """The MobileNetV2, float32 and in eval mode, that `weights` fits: a file, or the word "torchvision".
 
-    Number of classes and width are read off the shapes. Raises WeightsError.
+    Keys are those of torchvision, timm, transformers, slim or flat (checkpoints.py), or a folder in which timm or
+    transformers have saved a model. Number of classes and width are read off the shapes; padding, eps and image
+    normalisation are those of the library, or what a folder says. Raises WeightsError.
     """
     path = torchvision_weights() if str(weights) == "torchvision" else Path(weights)
-    state_dict = read_state_dict(path)
+    checkpoint = _read_checkpoint(path)
     try:
-        model = MobileNetV2(**infer_architecture(state_dict))
+        model = MobileNetV2(**_infer(checkpoint))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    return _filled(model, state_dict, path)
+    _adopt(model, checkpoint.traits)
+    return _filled(model, checkpoint.state_dict, path)
+
+
+class Loaded(NamedTuple):
+    """What `load_checkpoint` found."""
+
+    layout: str
+    traits: Traits
+    missing_keys: list[str]  # of the model, by the names of the layout; with strict=False
+    unexpected_keys: list[str]
+
+
+def load_checkpoint(
+    model: MobileNetV2, source: str | os.PathLike | Mapping[str, Tensor], *, strict: bool = True
+) -> Loaded:
+    """Loads weights of any library into a MobileNetV2, with what belongs to them.
+
+    The library is recognised by the keys: torchvision, timm, transformers, TensorFlow's slim (its names and order of
+    axes; moving averages are preferred) or the flat one of tonylins and d-li14. The model takes their padding, eps and
+    image normalisation (`model.padding`, `norm_eps`, `image_mean`, `image_std`): weights from TensorFlow, which those
+    of transformers are, want SAME padding, an eps of 0.001 and images in -1 to 1. Of their 1001 classes, a model with
+    1000 gets all but the first, the background. A model without a classifier, or with features_only, leaves out what
+    it does not have. For the other direction see `convert_state_dict`.
+
+    Args:
+        model: of the shapes of the weights.
+        source: a state dict; a .safetensors, .pth, .pt or .bin file; or a folder in which transformers, timm or this
+            library have saved a model, whose config.json and preprocessor_config.json then say what belongs to it.
+        strict: False loads what fits and tells of the rest.
+
+    Raises:
+        WeightsError: a file that cannot be read or that holds more than tensors; keys of no layout; keys that are
+            missing or too many; shapes that differ; numbers that are not finite. The model is as before then.
+        TypeError: model is no MobileNetV2 of this library.
+    """
+    if not isinstance(model, MobileNetV2):
+        raise TypeError(
+            f"load_checkpoint() fills a mnv2_fused.MobileNetV2, got {type(model).__name__}; "
+            "convert_state_dict(state_dict, layout) gives the keys of other libraries"
+        )
+    if isinstance(source, Mapping):
+        where, checkpoint = "the state dict", _recognised(source)
+    else:
+        where, checkpoint = str(source), _read_checkpoint(Path(source))
+    try:
+        return _fill(model, checkpoint, strict)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from None
+
+
+def load_folder(
+    make: Callable[..., MobileNetV2], folder: str | os.PathLike, arguments: Mapping[str, Any], *, strict: bool = True
+) -> MobileNetV2:
+    """The model, in eval mode, in a folder of `save_pretrained`, of this library's model or one of LAYOUTS.
+
+    `arguments` of ours are what its config.json says, and what the caller wants otherwise. Raises WeightsError.
+    """
+    folder = Path(folder)
+    checkpoint = _read_checkpoint(folder)
+    own = _json(folder / "config.json")
+    try:
+        if "width_mult" in own:
+            model = make(**arguments)
+            checkpoint = checkpoint._replace(traits=Traits(*(getattr(model, name) for name in Traits._fields[:4])))
+        else:
+            model = make(**_infer(checkpoint))
+        _fill(model, checkpoint, strict)
+    except ValueError as error:  # of ours, or a network's own: a configuration that makes none
+        raise WeightsError(f"{folder}: {error}") from None
+    return model.eval()
+
+
+def _fill(model: MobileNetV2, checkpoint: Checkpoint, strict: bool) -> Loaded:
+    tensors, expected = dict(checkpoint.state_dict), model.state_dict()
+    if not model.num_classes:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier.")}
+    elif checkpoint.traits.background and len(tensors.get("classifier.1.weight", ())) == model.num_classes + 1 == 1001:
+        tensors |= {key: tensors[key][1:] for key in ("classifier.1.weight", "classifier.1.bias") if key in tensors}
+    if model._maps is not None:  # its features end with the last map
+        index = re.compile(r"features\.(\d+)\.")
+        left_out = [key for key in tensors if (found := index.match(key)) and int(found[1]) >= len(model.features)]
+        tensors = {key: value for key, value in tensors.items() if key not in left_out}
+    missing = [checkpoint.names.get(key, key) for key in _missing(tensors, expected)]
+    unexpected = [checkpoint.names.get(key, key) for key in tensors if key not in expected]
+    if strict and (missing or unexpected):
+        listed = [
+            f"{len(keys)} keys {word}: {_listing(keys)}"
+            for keys, word in ((missing, "missing"), (unexpected, "unexpected"))
+            if keys
+        ]
+        raise WeightsError("does not fit this model: " + "; ".join(listed))
+    tensors = {key: value for key, value in tensors.items() if key in expected}
+    _check_shapes(tensors, expected, "this model")
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise WeightsError(f"{checkpoint.names.get(key, key)} holds values that are not finite")
+    model.load_state_dict(tensors, strict=False)
+    _adopt(model, checkpoint.traits)
+    return Loaded(checkpoint.layout, checkpoint.traits, missing, unexpected)
+
+
+def _adopt(model: MobileNetV2, traits: Traits) -> None:
+    model.padding, model.norm_eps = traits.padding, traits.norm_eps
+    model.image_mean, model.image_std = traits.image_mean, traits.image_std
+
+
+def _recognised(state_dict: Mapping[str, Tensor]) -> Checkpoint:
+    checkpoint = recognise(state_dict)
+    if checkpoint is None:
+        _check_keys(state_dict)
+        raise WeightsError("keys of no known layout")
+    return checkpoint
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    if not path.is_dir():
+        state_dict = read_state_dict(path)
+        try:
+            return _recognised(state_dict)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from None
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        raise WeightsError(f"{path}: a folder without {' or '.join(names)}")
+    checkpoint = _read_checkpoint(file)
+    return checkpoint._replace(traits=_traits_in(path, checkpoint.traits))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise ValueError("larger than 1 MiB")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} where an object was expected")
+    except (ValueError, RecursionError, OSError) as error:
+        raise WeightsError(f"{path}: damaged ({error})") from None
+    return content
+
+
+def _traits_in(folder: Path, traits: Traits) -> Traits:
+    """What the files beside the weights say, of transformers (two) or timm."""
+    config, images = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+    timm = config.get("pretrained_cfg") if isinstance(config.get("pretrained_cfg"), dict) else {}
+    found = {
+        "norm_eps": config.get("layer_norm_eps"),
+        "image_mean": images.get("image_mean", timm.get("mean")),
+        "image_std": images.get("image_std", timm.get("std")),
+    }
+    if isinstance(config.get("tf_padding"), bool):
+        traits = traits._replace(padding="same" if config["tf_padding"] else "symmetric")
+    for name, value in found.items():
+        if value is None:
+            continue
+        numbers = [value] if name == "norm_eps" else value
+        fits = isinstance(numbers, list) and 0 < len(numbers) <= 64
+        if not fits or not all(type(n) in (int, float) and 0 <= n < 1e3 for n in numbers):
+            raise WeightsError(f"{folder}: {name} of its configuration is {value!r}, not what such a number may be")
+        traits = traits._replace(**{name: value if name == "norm_eps" else tuple(value)})
+    return traits
 
 
 def _filled(model: nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> Any:
@@ -350,7 +546,7 @@ def _load_on_backbone(
         make = partial(make, width_mult=width, **found)
         _check_keys(state_dict, make, what)
         with torch.device("meta"):
-            _check_shapes(state_dict, make().state_dict(), width)
+            _check_shapes(state_dict, make().state_dict(), f"width {width}")
     except ValueError as error:  # of ours, or a network's own: no class but the background
         raise WeightsError(f"{path}: {error}") from None
     return _filled(make(), state_dict, path)

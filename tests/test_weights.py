@@ -189,9 +189,10 @@ def test_text_is_not_weights(tmp_path, suffix):
 def test_what_is_not_a_weights_file(tmp_path):
     assert "no such file" in refusal(load_model, tmp_path / "a.pth")
     (tmp_path / "d.pth").mkdir()
-    assert "not a regular file" in refusal(load_model, tmp_path / "d.pth")
+    assert "not a regular file" in refusal(read_state_dict, tmp_path / "d.pth")
+    assert "a folder without model.safetensors" in refusal(load_model, tmp_path / "d.pth")
     (tmp_path / "a.onnx").touch()
-    assert "expected .pth, .pt or .safetensors" in refusal(load_model, tmp_path / "a.onnx")
+    assert "expected .pth, .pt, .bin or .safetensors" in refusal(load_model, tmp_path / "a.onnx")
 
 
 def test_size_limit(tmp_path, state_dict):
