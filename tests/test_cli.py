@@ -176,7 +176,7 @@ def test_all_pictures_unreadable(folder, tmp_path):
         (["{}/pictures"], ["no weights", "--weights FILE", "--weights torchvision"]),
         (["{}", "--weights", "{}/weights.pth"], ["no pictures in", "--recursive"]),
         (["{}/pictures", "--weights", "{}/nothing.pth"], ["nothing.pth", "no such file"]),
-        (["{}/pictures", "--weights", "{}/labels.txt"], ["labels.txt", "expected .pth, .pt or .safetensors"]),
+        (["{}/pictures", "--weights", "{}/labels.txt"], ["labels.txt", "expected .pth, .pt, .bin or .safetensors"]),
         (["{}/pictures", "--weights", "{}/weights.pth", "--labels", "{}/nothing"], ["nothing", "cannot read"]),
         (["{}/pictures", "--weights", "{}/weights.pth", "--labels", "{}/weights.pth"], ["cannot read the labels"]),
         (["{}/pictures", "--weights", "{}/weights.pth", "--labels", "{}/short.txt"], ["2 labels", "10 classes"]),
