@@ -7,6 +7,7 @@ from .deeplab import DeepLabV3, segmentation_loss
 from .fusion import FuseReport, fuse, unfuse
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import InvertedResidual, MobileNetV2, mobilenet_v2
+from .onnx import to_onnx
 from .ops import empty_cache, inverted_residual, kernels, selected_kernel
 from .quantization import QuantizedModel, prepare_qat, quantize
 from .ssdlite import SSDLite
@@ -32,5 +33,6 @@ __all__ = [
     "quantize",
     "segmentation_loss",
     "selected_kernel",
+    "to_onnx",
     "unfuse",
 ]

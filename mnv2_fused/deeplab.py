@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import network, training
+from . import network
 from .mobilenet_v2 import MobileNet, MobileNetV2
 
 HEAD_CHANNELS = 256
@@ -66,7 +66,7 @@ class DeepLabHead(nn.Module):
 
     def _project(self, pooled: Tensor, maps: list[Tensor]) -> Tensor:
         conv, *rest = self.project
-        seen = network.global_hooks() or training.has_hooks(conv) or training.has_hooks(self.project)
+        seen = network.global_hooks() or network.has_hooks(conv) or network.has_hooks(self.project)
         if not self.fused or seen or type(conv) is not nn.Conv2d:
             return self.project(torch.cat([pooled.expand(-1, -1, *maps[0].shape[2:]), *maps], 1))
         x = maps[0] if len(maps) == 1 else torch.cat(maps, 1)

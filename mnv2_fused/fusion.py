@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
-from . import ops, recognition, training
+from . import network, ops, recognition, training
 from .network import FusedChain, Stage, expect
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -168,7 +168,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _inner_hook(module: nn.Module) -> str:
-    names = (name for name, inner in module.named_modules() if name and training.has_hooks(inner))
+    names = (name for name, inner in module.named_modules() if name and network.has_hooks(inner))
     return next(names, "")
 
 

@@ -186,7 +186,7 @@ def _describe_rest(module: nn.Module) -> list[Stage]:
 
 def _does_more(block: InvertedResidual) -> bool:
     """Whether a call of the block does more than its layers do, and would be missed where it is run in pieces."""
-    own = type(block) is not InvertedResidual or training.has_hooks(block) or training.has_hooks(block.conv)
+    own = type(block) is not InvertedResidual or network.has_hooks(block) or network.has_hooks(block.conv)
     return own or network.global_hooks()
 
 
@@ -459,7 +459,7 @@ class MobileNet(nn.Module):
             if y is not None:
                 return y
         whole = units == self._units(len(self.features))
-        hooked = training.has_hooks(self.features) or type(self.features) is not nn.Sequential
+        hooked = network.has_hooks(self.features) or type(self.features) is not nn.Sequential
         if self._wide:
             return self._run_wide(units, x)
         if whole and (not self.fused or hooked):
@@ -529,7 +529,7 @@ class MobileNet(nn.Module):
             return {}
         if reason := network.why_no_op(x):
             return {"": reason}
-        reasons = {"features": "hooks or a forward of its own"} if training.has_hooks(self.features) else {}
+        reasons = {"features": "hooks or a forward of its own"} if network.has_hooks(self.features) else {}
         requires_grad, channels, dtype = x.requires_grad, x.shape[1], x.dtype
         for name, module in self.features.named_children():
             given = x.new_empty(x.shape[0], channels, 1, 1, dtype=dtype).requires_grad_(requires_grad)

@@ -6,9 +6,11 @@ anything that the weights depend on has changed.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, get_autocast_dtype, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules import module as _module
 from torch.utils.hooks import RemovableHandle
 
@@ -183,17 +185,32 @@ def classifier(module: nn.Module) -> Stage:
     return Stage(Layer(ops.LINEAR, module.in_features, 0, module.out_features), ((module, None),))
 
 
+def _parts_of(module: nn.Module, bn: nn.BatchNorm2d | None) -> tuple[list[Tensor | None], float]:
+    """Weight and bias, then of the BatchNorm mean, variance, scale and shift; and its eps."""
+    if bn is None:
+        return [module.weight, module.bias, None, None, None, None], 0.0
+    expect(bn.running_mean is not None, "a BatchNorm without running statistics")
+    return [module.weight, module.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias], bn.eps
+
+
 def _fold(module: nn.Module, bn: nn.BatchNorm2d | None) -> Iterator[Tensor]:
     """Weight and bias with the BatchNorm's running statistics folded in, computed in float64, flat."""
-    weight = module.weight.detach().double()
-    bias = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.detach().double()
-    if bn is not None:
-        expect(bn.running_mean is not None, "a BatchNorm without running statistics")
-        scale = (bn.running_var.double() + bn.eps).rsqrt()
-        scale = scale if bn.weight is None else scale * bn.weight.detach().double()
-        weight = weight * scale.view(-1, 1, 1, 1)
-        bias = (bias - bn.running_mean.double()) * scale
-        bias = bias if bn.bias is None else bias + bn.bias.detach().double()
+    tensors, eps = _parts_of(module, bn)
+    return _folded(*(None if t is None else t.detach() for t in tensors), eps)
+
+
+def _folded(
+    weight: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, eps: float,
+) -> Iterator[Tensor]:  # fmt: skip
+    weight = weight.double()
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
+    if mean is not None:
+        factor = (var.double() + eps).rsqrt()
+        factor = factor if scale is None else factor * scale.double()
+        weight = weight * factor.view(-1, 1, 1, 1)
+        bias = (bias - mean.double()) * factor
+        bias = bias if shift is None else bias + shift.double()
     yield weight.flatten()
     yield bias
 
@@ -358,7 +375,9 @@ class FusedChain:
 
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor | None:
         """The result of the chain, or None where it cannot run fused."""
-        if not is_dynamo_compiling() and (packing := self._packing) is not None:
+        if is_compiling():
+            return self._compiled(root, x)
+        if (packing := self._packing) is not None:
             y = packing.call(root, x)
             if y is not None:
                 return y
@@ -370,6 +389,29 @@ class FusedChain:
         if x.is_cuda:
             self._hold(packing)
         return _NETWORK(x, packing.packed, packing.plan_for(x))
+
+    def _compiled(self, root: nn.Module, x: Tensor) -> Tensor | None:
+        """What torch.compile and torch.export see: one op of the weights as they are, which packs them where it runs.
+
+        torch.export asks for gradients unless it is told otherwise; what it makes of a network in eval mode has none.
+        """
+        try:
+            expect(not is_grad_enabled() or is_exporting(), "gradients are asked for")
+            reason = why_no_op(x, exported=True)
+            expect(not reason, reason)
+            stages = self._describe(root)
+            inside = [getattr(root, part) for part in self._parts] if self._parts else list(root.children())
+            check_inside([module for module in inside if module is not None], x, trains=False)
+            first = stages[0].layer
+            expect(x.shape[1] == first.in_channels, "the input has other channels")
+            dtype = arithmetic(x).dtype
+            expect(not first.residual or dtype == x.dtype, "the sum that autocast makes")
+            pairs = [_parts_of(*pair) for stage in stages for pair in stage.weights]
+        except Unfusable:
+            return None
+        layers = " ".join([str(int(n)) for stage in stages for n in (*stage.layer, stage.same)])
+        x = x if x.dtype == dtype else x.to(dtype)
+        return chain(x, [t for tensors, _ in pairs for t in tensors], [eps for _, eps in pairs], layers)
 
     def seconds(self, root: nn.Module, x: Tensor) -> list[tuple[Layer, int, float]]:
         """One call of the chain: its layers, their multiply-adds for x and the seconds that the first thread takes.
@@ -402,8 +444,6 @@ class FusedChain:
             self._captured.append(packing.packed)
 
     def _prepare(self, root: nn.Module, x: Tensor) -> tuple[str, _Packing | None]:
-        if is_compiling():
-            return "the model is being compiled", None
         # Replicas share this object with their original, and their parameters are no Parameters.
         if "_is_replica" in root.__dict__:
             return "a replica of nn.DataParallel", None
@@ -438,13 +478,16 @@ class FusedChain:
         return "", packing
 
 
-def why_no_op(x: Tensor) -> str:
+def why_no_op(x: Tensor, exported: bool = False) -> str:
     """Why no call with x can run on our kernels now; "" when it can.
 
-    The compiler traces this too, and calls the ops like any other. What is exported is to run without us.
+    The compiler traces this too, and calls the ops like any other. What torch.export makes has ops of ours where they
+    are `exported`: not those of training, and none on the way to ONNX, where nobody knows them.
     """
-    if is_exporting() or (not is_compiling() and _is_tracing()):
-        return "the model is being traced or exported"
+    if is_exporting() and not (exported and not torch.onnx.is_in_onnx_export()):
+        return "the model is being exported"
+    if not is_compiling() and _is_tracing():
+        return "the model is being traced"
     if _disabled():
         return "MNV2_FUSED_DISABLE is set"
     plain = is_compiling() or (type(x) in (Tensor, nn.Parameter) and 0 not in x.shape[1:])
@@ -464,3 +507,129 @@ def _disabled() -> bool:
 
 def global_hooks() -> bool:
     return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module itself, its children aside, does more than its type says."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def check_inside(inside: Iterable[nn.Module], x: Tensor, trains: bool = True) -> None:
+    """Unfusable where the modules inside do more, or other things, than their types say; or in training mode."""
+    backward_hooks = _module._global_backward_hooks or _module._global_backward_pre_hooks
+    expect(not global_hooks() and not backward_hooks, "there are global hooks")
+    device, dtype, autocast, _ = arithmetic(x)
+    expect(dtype in ops.DTYPES[device], f"no kernel for {dtype} on {x.device}")
+    for module in itertools.chain.from_iterable(part.modules() for part in inside):
+        expect(not has_hooks(module), "a module inside has hooks or a forward of its own")
+        switched = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout))
+        expect(trains or not switched or not module.training, "a BatchNorm or Dropout is in training mode")
+        # As in torch: a BatchNorm may be float32 beside 16-bit numbers, and under autocast all may.
+        single = dtype in ops.HALVES and (autocast or not isinstance(module, nn.Conv2d))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.is_floating_point():
+                same = tensor.dtype == dtype or (single and tensor.dtype == torch.float32)
+                same = same and tensor.device == x.device
+                expect(same, "a tensor inside is {0.dtype} on {0.device}, x is {1.dtype} on {1.device}", tensor, x)
+
+
+# ------------------------------------------------------------------------------------------------- compiled, exported
+
+
+@functools.cache
+def _stages_of(layers: str) -> list[Stage]:
+    fields, integers = 1 + len(Layer._fields), [int(n) for n in layers.split()]
+    return [
+        Stage(Layer(*integers[at : at + fields - 1]), (), bool(integers[at + fields - 1]))
+        for at in range(0, len(integers), fields)
+    ]
+
+
+@functools.lru_cache(256)
+def _plan_of(layers: str, height: int, width: int, dtype: torch.dtype, device: str, tf32: bool, _: str | None) -> str:
+    """The last argument is the kernel that the environment asks for."""
+    sized = []
+    for stage in _stages_of(layers):
+        sized.append(stage.at(height, width))
+        height, width = ops.output_size(sized[-1], height, width)
+    return ops.make_plan(sized, dtype, device, tf32)
+
+
+class _Packed(NamedTuple):
+    tensors: list[Tensor | None]  # alive, so that no others come to stand in their place
+    versions: list[int]
+    packed: Tensor
+
+    def is_of(self, tensors: list[Tensor | None]) -> bool:
+        """Whether these are the tensors as they were, or small ones of the same numbers: AOTInductor copies those."""
+        if self.versions != _versions(self.tensors):
+            return False
+        pairs = zip(self.tensors, tensors, strict=True)
+        return all(
+            a is b or (a is not None and b is not None and b.numel() < _SMALL and torch.equal(a, b)) for a, b in pairs
+        )
+
+
+_packed_lock = threading.Lock()
+MAX_PACKED = 8  # networks, or parts of them, whose packed weights `chain` keeps
+_SMALL = 64
+
+
+def _versions(tensors: list[Tensor | None]) -> list[int]:
+    try:
+        return [0 if t is None else t._version for t in tensors]
+    except RuntimeError:  # inference tensors, which count none: never the same
+        return []
+
+
+@torch.library.custom_op("mnv2_fused::chain", mutates_args=())
+def chain(x: Tensor, tensors: list[Tensor | None], eps: list[float], layers: str) -> Tensor:
+    """A chain of layers in eval mode: `network` of weights as the modules have them, packed at the first call.
+
+    Args:
+        x: [N, C, H, W] in what is to be computed in.
+        tensors: of every convolution and linear layer weight, bias, and its BatchNorm's mean, variance, scale, shift.
+        eps: of every BatchNorm.
+        layers: the integers of each Layer and whether its padding is SAME.
+    """
+    device, tf32 = ops.device_type(x), ops.uses_tf32(x)
+    plan = _plan_of(layers, *x.shape[2:], x.dtype, device, tf32, os.environ.get("MNV2_FUSED_KERNEL"))
+    large = tuple(id(t) for t in tensors if t is not None and t.numel() >= _SMALL)
+    key = (plan.partition(" ")[0], x.device, layers, tuple(eps), large)
+    with _packed_lock:
+        found = ops.packed_chains.get(key)
+        if found is None or not found.versions or not found.is_of(tensors):
+            parts = [t for at, e in enumerate(eps) for t in _folded(*tensors[6 * at : 6 * at + 6], e)]
+            weights = torch.cat(parts).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            found = _Packed(list(tensors), _versions(tensors), torch.ops.mnv2_fused.pack(weights, plan))
+            ops.packed_chains[key] = found
+            while len(ops.packed_chains) > MAX_PACKED:
+                ops.packed_chains.popitem(last=False)
+        ops.packed_chains.move_to_end(key)
+    return _NETWORK(x, found.packed, plan)
+
+
+@chain.register_fake
+def _(x, tensors, eps, layers):
+    batch, _, height, width = x.shape
+    for layer, _, same in _stages_of(layers):
+        # The padding itself would ask whether a symbolic size is even.
+        ceil = -(-height // layer.stride), -(-width // layer.stride)
+        height, width = ceil if same else ops.output_size(layer, height, width)
+    flat = layer.kind in (ops.POOL, ops.LINEAR)
+    shape = [batch, layer.out_channels] if flat else [batch, layer.out_channels, height, width]
+    strides = [shape[1], 1] if flat else ops._channels_last_strides(shape)
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+
+
+def _no_gradients(ctx: object, *_: Tensor) -> None:
+    raise RuntimeError(
+        "mnv2_fused::chain, as which a network in eval mode is exported, has no gradients: export it in training mode, "
+        "or unfused"
+    )
+
+
+chain.register_autograd(_no_gradients)

@@ -7,6 +7,7 @@ weights that `pack` has laid out for one kernel; network.py writes the plans. Th
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -470,9 +471,14 @@ def empty_cache() -> int:
     """Gives back the memory that the ops keep on the CPU from call to call, as torch.cuda.empty_cache does on a GPU.
 
     Results of 1 MiB or more live in memory that is used again when they are gone, at most half as much again as was in
-    use at once: after training, call this. The rest is a few MB that the kernels work in. Returns the bytes given back.
+    use at once: after training, call this. The rest is a few MB that the kernels work in. Packed weights of the last
+    few networks that ran compiled or exported go too. Returns the bytes given back, without those of the latter.
     """
+    packed_chains.clear()
     return _C.empty_cache()
+
+
+packed_chains: OrderedDict[tuple[object, ...], object] = OrderedDict()  # of network.chain
 
 
 @functools.cache

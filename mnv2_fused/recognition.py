@@ -32,8 +32,6 @@ EVEN, ODD = (128, 192), (129, 193)
 # Of a 3x3 convolution at most: our kernel is one for images, and PyTorch's is faster where there are many.
 STEM_CHANNELS = 4
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 @dataclass(eq=False)
 class Value:
@@ -152,7 +150,7 @@ def _copy_without_data(module: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
         originals[id(memo[id(tensor)])] = tensor
     for inner in module.modules():
-        memo |= {id(table): OrderedDict() for table in (getattr(inner, name) for name in _HOOKS)}
+        memo |= {id(table): OrderedDict() for table in (getattr(inner, name) for name in network.HOOKS)}
     copied = copy.deepcopy(module, memo)
     for inner in copied.modules():
         inner.__class__ = unfused_class(inner)

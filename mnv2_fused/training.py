@@ -7,16 +7,14 @@ in csrc/training_ops.cpp. The stem and the head are one op each too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import _verify_batch_size
-from torch.nn.modules import module as _module
 
 from . import network, ops
-from .network import arithmetic, expect
+from .network import arithmetic, check_inside, expect
 from .ops import _channels_last_strides, _doubles, _no_second_derivative, _output_shape, _walk
 
 _OPS = torch.ops.mnv2_fused
@@ -240,7 +238,6 @@ _conv_bn_relu6_backward.register_autograd(_no_second_derivative)
 # ------------------------------------------------------------------------------------------------------- modules
 
 _NOT_ASKED = "neither gradients nor statistics of the batch are asked for"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _takes_batch(bn: nn.BatchNorm2d) -> bool:
@@ -258,28 +255,6 @@ def _stage(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> ConvNorm:
 
 
 _NO_STAGE = ConvNorm(None, None, None, None, None, None, 0.0)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module itself, its children aside, does more than its type says."""
-    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def _check(inside: Iterable[nn.Module], x: Tensor) -> None:
-    """Unfusable where the modules inside do more, or other things, than their types say."""
-    backward_hooks = _module._global_backward_hooks or _module._global_backward_pre_hooks
-    expect(not network.global_hooks() and not backward_hooks, "there are global hooks")
-    device, dtype, autocast, _ = arithmetic(x)
-    expect(dtype in ops.DTYPES[device], f"no kernel for {dtype} on {x.device}")
-    for module in chain.from_iterable(part.modules() for part in inside):
-        expect(not has_hooks(module), "a module inside has hooks or a forward of its own")
-        # As in torch: a BatchNorm may be float32 beside 16-bit numbers, and under autocast all may.
-        single = dtype in ops.HALVES and (autocast or not isinstance(module, nn.Conv2d))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and tensor.is_floating_point():
-                same = tensor.dtype == dtype or (single and tensor.dtype == torch.float32)
-                same = same and tensor.device == x.device
-                expect(same, "a tensor inside is {0.dtype} on {0.device}, x is {1.dtype} on {1.device}", tensor, x)
 
 
 def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -327,7 +302,7 @@ def _described(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> li
     reason = network.why_no_op(x)
     expect(not reason, reason)
     stages = describe()
-    _check(inside, x)
+    check_inside(inside, x)
     first = stages[0].layer
     expect(x.shape[1] == first.in_channels, f"the input is {list(x.shape)}, not [N, {first.in_channels}, H, W]")
     kept = not first.residual or x.dtype == arithmetic(x).dtype

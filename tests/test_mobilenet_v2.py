@@ -621,13 +621,13 @@ def test_function_transforms() -> None:
 
 
 def test_tracing() -> None:
-    """torch.export, torch.fx and torch.compile see the network's layers."""
+    """torch.fx sees the network's layers; torch.compile and torch.export one op, of the same bits."""
     model, x = settled(), images(2, 32, 32)
     y = fused(model, x)
     with torch.no_grad():
         torch._dynamo.reset()
-        assert error(torch.compile(model, backend="eager", fullgraph=True)(x), y) < TOLERANCE
-        assert error(torch.export.export(model, (x,)).module()(x), y) < TOLERANCE
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), y)
         assert error(torch.fx.symbolic_trace(model)(x), y) < TOLERANCE
 
 

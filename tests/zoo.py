@@ -205,7 +205,10 @@ class Output(OrderedDict):
 
 
 pytree.register_pytree_node(
-    Output, lambda output: (list(output.values()), list(output)), lambda v, keys: Output(zip(keys, v, strict=True))
+    Output,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, keys: Output(zip(keys, values, strict=True)),
+    serialized_type_name="zoo.Output",
 )
 
 
