@@ -198,20 +198,20 @@ def _visit(module: nn.Module, name: str, inside: bool, called: Callable[[str], b
     convs, depthwise = _convs(module), sum(map(recognition.is_depthwise, module.modules()))
     chain = None
     if depthwise <= 1 and convs in (1, 2, 3) or depthwise and not inside:
-        callable_ = called("") and not isinstance(module, (nn.Conv2d, nn.ModuleList, nn.ModuleDict))
-        chain = recognition.recognise(module) if callable_ else None
+        tried = called("") and not isinstance(module, (nn.Conv2d, nn.ModuleList, nn.ModuleDict))
+        chain = recognition.recognise(module) if tried else None
     found = _name_of(chain.stages) if chain and chain.stages else ""
-    network = bool(found) and chain.is_network
-    hooked = _inner_hook(module) if found and not network else ""
-    if found and not network and not hooked:
+    whole = bool(found) and chain.is_network
+    hooked = _inner_hook(module) if found and not whole else ""
+    if found and not whole and not hooked:
         return [_Place(Found(name, found, ""), module, chain)]
     if chain and chain.called is not None:
         called = chain.called.__contains__
     places = []
     for key, child in module.named_children():
         within = functools.partial(_within, called, key)
-        places += _visit(child, f"{name}.{key}".lstrip("."), inside or network, within)
-    if network and not inside:
+        places += _visit(child, f"{name}.{key}".lstrip("."), inside or whole, within)
+    if whole and not inside:
         return [_Place(Found(name, found, ""), module, chain), *places]
     reason = f"a hook inside, on {hooked}" if hooked else chain.refusal if chain else ""
     # What is around one depthwise convolution is a block, or was meant as one, where none inside it is.
