@@ -116,11 +116,11 @@ class Layout(NamedTuple):
     places: Callable[[list[Block], Keys], Places]
     sign: str  # a key that only it has
     block: str  # with what a block's keys begin; its groups give the order
-    traits: Traits
+    traits: Traits | None  # None: the keys are ours too, and what weights of ours expect is what their model had
 
 
 LAYOUTS = {
-    "torchvision": Layout(_torchvision, "features.1.conv.0.0.weight", r"features\.(\d+)\.conv\.", Traits()),
+    "torchvision": Layout(_torchvision, "features.1.conv.0.0.weight", r"features\.(\d+)\.conv\.", None),
     "timm": Layout(_timm, "blocks.0.0.conv_dw.weight", r"blocks\.(\d+)\.(\d+)\.", Traits()),
     "transformers": Layout(
         _transformers, "mobilenet_v2.conv_stem.first_conv.convolution.weight",
@@ -142,7 +142,7 @@ class Checkpoint(NamedTuple):
     state_dict: dict[str, Tensor]  # a key that the layout does not have stays as it is
     layout: str
     repeats: tuple[int, ...]  # blocks by stage
-    traits: Traits
+    traits: Traits | None
     names: dict[str, str]  # the keys in the layout by ours, also of what is missing
 
 

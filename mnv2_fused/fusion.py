@@ -10,11 +10,12 @@ import copyreg
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, overload
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils import _pytree as pytree
 
 from . import network, ops, recognition, training
@@ -29,8 +30,9 @@ class _Fusion:
     Copies and pickles come without either, and find them again at the first call.
     """
 
-    def __init__(self, trains: bool, known: recognition.Chain | None = None) -> None:
+    def __init__(self, trains: bool, known: recognition.Chain | None = None, module: nn.Module | None = None) -> None:
         self._trains = trains  # not a network, whose parts are fused for that
+        self._module = None if module is None else weakref.ref(module)  # a shallow copy shares this object
         self._chain = FusedChain((), self._describe, _steering)
         self._known = known
 
@@ -40,8 +42,9 @@ class _Fusion:
     def _recognise(self, module: nn.Module) -> recognition.Chain:
         """Anew where the module is no longer what it was."""
         known = self._known
-        if is_compiling():  # the compiler guards what it has seen
-            expect(known is not None, "it is compiled before it has been called")
+        if is_compiling():
+            same = known is not None and (known.looks_like() if is_dynamo_compiling() else known.is_of(module))
+            expect(same, "it was changed, and not called before it is compiled")
         elif known is None or not known.is_of(module):
             known = self._known = recognition.recognise(module)
         expect(not known.refusal, known.refusal)
@@ -60,17 +63,34 @@ class _Fusion:
         return known.stages
 
     def forget(self) -> None:
+        self._known = None
         self._chain.forget()
 
     def why_not(self, module: nn.Module, x: Tensor) -> str:
+        if not self._is_of(module):
+            return "a shallow copy, or a replica of nn.DataParallel"
+        if reason := self._why_not_dtype(module, x):
+            return reason
         reason = self._chain.why_not(module, x)
         if not reason or not self._trains:
             return reason
         return training.why_not(functools.partial(self._describe_training, module), module.children(), x)
 
+    def _is_of(self, module: nn.Module) -> bool:
+        if is_dynamo_compiling():
+            return True
+        if self._module is None:  # a deep copy or a pickle, and its first call
+            self._module = weakref.ref(module)
+        return self._module() is module
+
+    def _why_not_dtype(self, module: nn.Module, x: Tensor) -> str:
+        known = self._known
+        halved = known is not None and known.not_in_16_bits and network.arithmetic(x).dtype in ops.HALVES
+        return known.not_in_16_bits if halved else ""
+
     def __call__(self, module: nn.Module, x: Tensor) -> Any:
         """The module's result; None where it cannot run fused."""
-        if "_is_replica" in module.__dict__:  # of nn.DataParallel: it shares this object with its original
+        if not self._is_of(module) or self._why_not_dtype(module, x):
             return None
         y = self._chain(module, x)
         if y is None and self._trains:
@@ -98,11 +118,13 @@ def _fused_class(of: type[nn.Module]) -> type[nn.Module]:
 
     def why_not_fused(self: nn.Module, x: Tensor) -> str:
         """Why a call with x would now not run as one op; "" when it would, in training too."""
-        return self._fusion.why_not(self, x)
+        fusion = self.__dict__.get("_fusion")
+        return fusion.why_not(self, x) if fusion else "a part of a fused Sequential"
 
     def repack(self: nn.Module) -> None:
         """Packs the weights anew at the next call: for a write that PyTorch does not count (`.data`, a NumPy view)."""
-        self._fusion.forget()
+        if fusion := self.__dict__.get("_fusion"):
+            fusion.forget()
 
     def reduce(self: nn.Module, protocol: int) -> Any:
         make, arguments, *state = of.__reduce_ex__(self, max(protocol, 2))
@@ -240,8 +262,10 @@ def fuse(model: Model, *, report: bool = False) -> Model | tuple[Model, FuseRepo
 
     Parameters and buffers, their names and identities, the state dict, hooks on a block or on the model, `isinstance`,
     `repr`, `copy.deepcopy` and pickling (with mnv2_fused importable) stay. `type(module)` becomes a subclass. With
-    hooks inside a block, in a trace or an export, and wherever the ops cannot run, a call is what it was before:
+    hooks inside a block, in a trace, and wherever the ops cannot run, a call is what it was before:
     `module.why_not_fused(x)` of a fused module says why. With MNV2_FUSED_DISABLE=1 in the environment all calls are.
+    Results are in channels_last memory. Later changes of modules, weights and attributes are noticed, but not writes
+    through `.data` or into an attribute that is a list or dictionary: then call `module.repack()`.
 
     Args:
         model: any module; those inside that are shared stay shared.
@@ -261,8 +285,8 @@ def fuse(model: Model, *, report: bool = False) -> Model | tuple[Model, FuseRepo
     for line, module, chain in _visit(model, "", False, lambda name: True):
         found.append(line)
         if not line.reason and chain is not None and not is_fused(module):
-            module.__dict__["_fusion"] = _Fusion(not chain.is_network, chain)
-            module.__class__ = _fused_class(type(module))
+            module.__dict__["_fusion"] = _Fusion(not chain.is_network, chain, module)
+            module.__class__ = _fused_class(recognition.unfused_class(module))
     if not found.fused:
         why = f"; {found.unfused[0].name}: {found.unfused[0].reason}" if found else ""
         warnings.warn(f"nothing in {type(model).__name__} was found to fuse{why}", stacklevel=2)
@@ -277,7 +301,6 @@ def is_fused(module: nn.Module) -> bool:
 def unfuse(model: Model) -> Model:
     """Takes back what `fuse` did, everywhere in the model, in place; returns the model."""
     for module in model.modules():
-        if is_fused(module):
-            module.__class__ = type(module)._unfused_class
-            del module.__dict__["_fusion"]
+        module.__class__ = recognition.unfused_class(module)
+        module.__dict__.pop("_fusion", None)
     return model

@@ -186,11 +186,15 @@ def classifier(module: nn.Module) -> Stage:
 
 
 def _parts_of(module: nn.Module, bn: nn.BatchNorm2d | None) -> tuple[list[Tensor | None], float]:
-    """Weight and bias, then of the BatchNorm mean, variance, scale and shift; and its eps."""
+    """Weight and bias, then of the BatchNorm mean, variance, scale, shift and number of batches; and its eps."""
     if bn is None:
-        return [module.weight, module.bias, None, None, None, None], 0.0
+        return [module.weight, module.bias, None, None, None, None, None], 0.0
     expect(bn.running_mean is not None, "a BatchNorm without running statistics")
-    return [module.weight, module.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias], bn.eps
+    statistics = [bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.num_batches_tracked]
+    return [module.weight, module.bias, *statistics], bn.eps
+
+
+_PARTS = 7
 
 
 def _fold(module: nn.Module, bn: nn.BatchNorm2d | None) -> Iterator[Tensor]:
@@ -201,7 +205,7 @@ def _fold(module: nn.Module, bn: nn.BatchNorm2d | None) -> Iterator[Tensor]:
 
 def _folded(
     weight: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, eps: float,
+    shift: Tensor | None, _: Tensor | None, eps: float,
 ) -> Iterator[Tensor]:  # fmt: skip
     weight = weight.double()
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
@@ -368,6 +372,7 @@ class FusedChain:
     def forget(self) -> None:
         """Packs anew at the next call."""
         self._packing = None
+        ops.packed_chains.clear()
 
     def why_not(self, root: nn.Module, x: Tensor) -> str:
         """Why a call of `root` with x would not run fused now; "" when it would."""
@@ -451,7 +456,7 @@ class FusedChain:
             return reason, None
         if is_grad_enabled():
             if any(map(_REQUIRES_GRAD, root.parameters())):
-                self._packing = None  # what follows is training, and fused optimizers count no versions
+                self.forget()  # what follows is training, and fused optimizers count no versions
                 return "gradients are asked for", None
             if x.requires_grad:
                 return "gradients are asked for", None
@@ -591,7 +596,8 @@ def chain(x: Tensor, tensors: list[Tensor | None], eps: list[float], layers: str
 
     Args:
         x: [N, C, H, W] in what is to be computed in.
-        tensors: of every convolution and linear layer weight, bias, and its BatchNorm's mean, variance, scale, shift.
+        tensors: of every convolution and linear layer weight, bias, and of its BatchNorm mean, variance, scale, shift
+            and number of batches, which PyTorch counts where it counts no version of the statistics.
         eps: of every BatchNorm.
         layers: the integers of each Layer and whether its padding is SAME.
     """
@@ -602,7 +608,7 @@ def chain(x: Tensor, tensors: list[Tensor | None], eps: list[float], layers: str
     with _packed_lock:
         found = ops.packed_chains.get(key)
         if found is None or not found.versions or not found.is_of(tensors):
-            parts = [t for at, e in enumerate(eps) for t in _folded(*tensors[6 * at : 6 * at + 6], e)]
+            parts = [t for at, e in enumerate(eps) for t in _folded(*tensors[_PARTS * at : _PARTS * (at + 1)], e)]
             weights = torch.cat(parts).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
             found = _Packed(list(tensors), _versions(tensors), torch.ops.mnv2_fused.pack(weights, plan))
             ops.packed_chains[key] = found

@@ -35,7 +35,8 @@ def to_onnx(model: nn.Module, path: str | os.PathLike, *, image_size: int = 224,
 
     The file holds plain convolutions in float32 and eval mode, one input "images" [N, C, H, W] and outputs "output_0"
     and on, in the order in which the model returns its tensors. The number of images is free, and so is their size,
-    except where the padding depends on it (padding="same", networks from TensorFlow), which is fixed to `image_size`.
+    except where the padding depends on it (padding="same", networks from TensorFlow) or a layer wants one: then it is
+    fixed to `image_size`.
     The file appears whole, or not at all; the model is left as it is.
 
     Args:
@@ -58,6 +59,12 @@ def to_onnx(model: nn.Module, path: str | os.PathLike, *, image_size: int = 224,
     if first is None:
         raise ValueError(f"to_onnx() takes a network of images, and {type(model).__name__} has no convolution")
     fixed = any(isinstance(module, Conv2dSame) or _pads_itself(module) for module in plain.modules())
+    other = torch.rand(1, first.in_channels, image_size + 33, image_size)
+    try:
+        with torch.no_grad():
+            plain(other)
+    except RuntimeError:  # a linear layer, say, for maps of one size
+        fixed = True
     images = torch.rand(2, first.in_channels, image_size, image_size)
     free = {0: "N"} if fixed else {0: "N", 2: "H", 3: "W"}
     flat = _Flat(plain).eval()
@@ -74,8 +81,7 @@ def to_onnx(model: nn.Module, path: str | os.PathLike, *, image_size: int = 224,
                 dynamic_axes={"images": free} | {name: {0: "N"} for name in names}, dynamo=False,
             )  # fmt: skip
         session = onnxruntime.InferenceSession(str(written), providers=["CPUExecutionProvider"])
-        others = [images[:1]] if fixed else [images[:1], torch.rand(1, first.in_channels, image_size + 33, image_size)]
-        for given in (images, *others):
+        for given in (images, images[:1], *([] if fixed else [other])):
             right, found = flat(given), session.run(None, {"images": given.numpy()})
             for name, a, b in zip(names, right, found, strict=True):
                 off = float((torch.from_numpy(b) - a).norm() / a.norm().clamp(min=1e-12))

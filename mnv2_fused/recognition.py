@@ -10,6 +10,8 @@ sizes than these.
 from __future__ import annotations
 
 import copy
+import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -49,10 +52,12 @@ _UNKNOWN = Value("constant")
 class _Watcher(TorchDispatchMode):
     """Notes the operators that run under it, down to torch's own (ATen), where spellings no longer differ."""
 
-    def __init__(self, image: Tensor) -> None:
+    def __init__(self, image: Tensor, counters: Iterable[Tensor]) -> None:
         super().__init__()
         self._values: dict[int, Value] = {}
         self._tensors: list[Tensor] = []  # alive, so that no other gets its id
+        self._sharing: dict[int, set[int]] = {}  # by storage, the tensors in it
+        self._counters = {id(counter) for counter in counters}  # num_batches_tracked
         self._image, self.refusal = image, ""
         self._set(image, Value("image"))
 
@@ -60,6 +65,7 @@ class _Watcher(TorchDispatchMode):
         value.shape = tuple(tensor.shape)
         self._tensors.append(tensor)
         self._values[id(tensor)] = value
+        self._sharing.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
 
     def value_of(self, tensor: Tensor) -> Value:
         return self._values.get(id(tensor), _UNKNOWN)
@@ -74,8 +80,7 @@ class _Watcher(TorchDispatchMode):
         arguments = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
         sources = [self.value_of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         inputs = tuple(value for value in sources if value is not _UNKNOWN)
-        if func._schema.is_mutable and args and args[0] is self._image:
-            self.refusal = f"it changes its input in place ({name})"
+        self.refusal = self.refusal or self._why_impure(func, name, args, arguments)
         tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         for tensor in tensors[:1]:
             value = self._read(name.removesuffix("_"), inputs, arguments, tensor)
@@ -85,6 +90,26 @@ class _Watcher(TorchDispatchMode):
         for tensor in tensors[1:]:  # the statistics of a BatchNorm
             self._set(tensor, Value(f"{name}, another result", inputs))
         return result
+
+    def _why_impure(self, func: Any, name: str, args: Any, arguments: dict[str, Any]) -> str:
+        """What the operator does beside its result that a fused call would not; "" if nothing."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return _what(Value(name)) if "dropout" in name else f"random numbers, as of dropped paths ({name})"
+        if not func._schema.is_mutable:
+            return ""
+        written = [arguments.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        for tensor in pytree.tree_leaves([t for t in written if t is not None]):
+            if tensor is self._image:
+                return f"it changes its input in place ({name})"
+            norm = "batch_norm" in name or id(tensor) in self._counters
+            own = args and tensor is args[0] and id(tensor) in self._values
+            alone = self._sharing.get(tensor.untyped_storage()._cdata, set()) == {id(tensor)}
+            if not norm and not (own and alone):
+                return f"it writes into a tensor that something else may read ({name})"
+        return ""
+
+    def hooked(self) -> bool:
+        return any(tensor._backward_hooks for tensor in self._tensors)
 
     def _read(self, name: str, inputs: tuple[Value, ...], given: dict[str, Any], result: Tensor) -> Value:
         shape = tuple(result.shape)
@@ -147,7 +172,7 @@ def _copy_without_data(module: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]
     originals: dict[int, Tensor] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+        memo[id(tensor)] = nn.Parameter(empty, empty.is_floating_point()) if isinstance(tensor, nn.Parameter) else empty
         originals[id(memo[id(tensor)])] = tensor
     for inner in module.modules():
         memo |= {id(table): OrderedDict() for table in (getattr(inner, name) for name in network.HOOKS)}
@@ -159,18 +184,48 @@ def _copy_without_data(module: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]
     return copied, originals
 
 
-def _watch(module: nn.Module, image: Tensor) -> tuple[Any, _Watcher]:
+def _watch(module: nn.Module, image: Tensor, gradients: bool) -> tuple[Any, _Watcher]:
     """The result of a call, and what was noted of it."""
-    watcher = _Watcher(image)
+    norms = [inner for inner in module.modules() if isinstance(inner, nn.modules.batchnorm._BatchNorm)]
+    watcher = _Watcher(image, [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None])
+    before, drawn = _state_of(module), (random.getstate(), numpy.random.get_state()[1].tobytes())
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), watcher:
+        with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), watcher:
             result = module(image)
     except Unfusable:
         raise
     except Exception as error:  # whatever someone's forward raises for a tensor without data
         lines = str(error).strip().splitlines()
         raise Unfusable(f"its forward cannot be watched: {type(error).__name__}: {lines[0] if lines else ''}") from None
+    if drawn != (random.getstate(), numpy.random.get_state()[1].tobytes()):
+        watcher.refusal = "random numbers, as of dropped paths"
+    if not _same_state(before, _state_of(module)):
+        watcher.refusal = "its forward writes to attributes of its modules"
     return result, watcher
+
+
+# Of autograd's nodes, those whose gradients the ops of training have.
+_NODES = re.compile(
+    r"(Convolution|Native|Mkldnn|Cudnn|Hardtanh|Relu6|Clamp|Add|ConstantPadNd|Alias|View|Clone)\w*Backward\d*|"
+    r"NativeBatchNorm\w*|AccumulateGrad"
+)
+
+
+def _expect_gradients(result: Tensor, image: Tensor, parameters: list[nn.Parameter], watcher: _Watcher) -> None:
+    """Unfusable where gradients go other ways than through the layers, or not all the way."""
+    expect(not watcher.hooked(), "hooks on the gradients of activations")
+    reached: set[int] = set()
+    pending, seen = [result.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        expect(bool(_NODES.fullmatch(node.name().rpartition("::")[2])), f"gradients of its own ({node.name()})")
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        pending += [following for following, _ in node.next_functions]
+    expect(all(id(t) in reached for t in (image, *parameters)), "gradients that do not reach every weight")
 
 
 # ------------------------------------------------------------------------------------- from an expression to layers
@@ -232,8 +287,9 @@ def _what(value: Value) -> str:
 class _Reader:
     """Reads the expression of one call, from its result back to the image."""
 
-    def __init__(self, originals: dict[int, Tensor], modules: list[nn.Module]) -> None:
+    def __init__(self, originals: dict[int, Tensor], modules: list[nn.Module], batch: int, train: bool) -> None:
         self._originals = originals
+        self._batch, self._train = batch, train
         self._owners: dict[int, nn.Module] = {}
         for module in modules:
             for tensor in _own_tensors(module):
@@ -286,25 +342,30 @@ class _Reader:
     def _pooled(self, value: Value) -> list[Stage]:
         flat = value.operator == "reshaped" and len(value.shape) == 2
         mean = value.inputs[0] if flat else value
-        expect(mean.operator == "mean" and len(value.shape) == 2, _what(mean))
+        expect(mean.operator == "mean", _what(mean))
         stages = self.stages(mean.inputs[0])
         expect(bool(stages), "a mean over the image")
+        kept = value.shape == (self._batch, stages[-1].layer.out_channels)
+        expect(kept, "features that are not [N, C] for every number of images")
         return [*stages, network.pool(stages[-1].layer.out_channels)]
 
     def _linear(self, value: Value) -> Stage:
         given = value.given
         expect(given.get("alpha", 1) == given.get("beta", 1) == 1, "a linear layer with factors")
         expect(len(value.inputs) == 2 and value.inputs[1].operator == "transposed", "a product of computed matrices")
-        return network.classifier(self._owner(value.inputs[1].given["self"], given.get("self")))
+        bias = given["self"] if value.inputs[1].given["self"] is not given["self"] and "mat1" in given else None
+        return network.classifier(self._owner(weight=value.inputs[1].given["self"], bias=bias))
 
-    def _owner(self, *tensors: Tensor | None) -> nn.Module:
-        """The module that these tensors, and no others, are of."""
-        originals = [self._originals.get(id(tensor)) for tensor in tensors if tensor is not None]
+    def _owner(self, **given: Tensor | None) -> nn.Module:
+        """The module whose tensors of these names they are, all of them."""
+        tensors = [tensor for tensor in given.values() if tensor is not None]
+        originals = [self._originals.get(id(tensor)) for tensor in tensors]
         expect(all(t is not None for t in originals), "a weight that is computed, and no parameter of a layer")
         owner = self._owners.get(id(originals[0])) if originals else None
         expect(owner is not None, "a BatchNorm without weights and statistics, or a weight that is of no layer")
-        own = _own_tensors(owner)
-        expect(all(any(t is other for other in own) for t in originals), "weights of several layers in one")
+        for name, tensor in given.items():
+            own = getattr(owner, name, None)
+            expect(own is (None if tensor is None else self._originals[id(tensor)]), f"a layer with another {name}")
         return owner
 
     def _conv(self, value: Value) -> _Conv:
@@ -313,19 +374,24 @@ class _Reader:
             (value,) = value.inputs
         if value.operator == "norm":
             given = value.given
-            norm = self._owner(*(given[name] for name in ("running_mean", "running_var", "weight", "bias")))
+            norm = self._owner(**{name: given[name] for name in ("running_mean", "running_var", "weight", "bias")})
             expect(isinstance(norm, nn.modules.batchnorm._BatchNorm), f"a norm of another kind: {type(norm).__name__}")
             expect(norm.momentum is None or norm.momentum == given["momentum"], "a BatchNorm with another momentum")
+            batch = self._train or norm.running_mean is None
+            kept = given["eps"] == norm.eps and given["training"] == batch
+            expect(kept, "a BatchNorm with another eps, or with statistics of another kind")
             value = value.inputs[0]
         expect(value.operator == "convolution", _what(value))
-        conv, given = self._owner(value.given["weight"], value.given["bias"]), value.inputs[0]
-        expect(isinstance(conv, nn.Conv2d), f"a convolution by a {type(conv).__name__}")
+        conv, given = self._owner(weight=value.given["weight"], bias=value.given["bias"]), value.inputs[0]
+        fits = isinstance(conv, nn.Conv2d) and conv.groups == value.given["groups"]
+        expect(fits and conv.kernel_size == tuple(conv.weight.shape[2:]), f"a convolution by a {type(conv).__name__}")
         pads = (0, 0, 0, 0)
         if given.operator == "pad":
             pads, given = given.given["pads"], given.inputs[0]
         (stride, stride_x), (dilation, dilation_x) = value.given["stride"], value.given["dilation"]
         expect(stride == stride_x and dilation == dilation_x, _kind(conv))
         y, x = value.given["padding"]
+        expect(min(pads) >= 0, "a map that is cropped")
         pads = [pad + own for pad, own in zip(pads, (x, x, y, y), strict=True)]
         geometry = dict(stride=stride, dilation=dilation, **dict(zip(_SIDES, pads, strict=True)))
         return _Conv(conv, norm, relu6, given, geometry)
@@ -397,13 +463,14 @@ def _merged(even: list[Stage], odd: list[Stage]) -> list[Stage]:
 
 # ------------------------------------------------------------------------------------------------ what is remembered
 
-_MODULE = frozenset(nn.Module().__dict__)  # what every module has
+# What every module has, what fuse gives them, and notes of torch.compile and FSDP.
+_MODULE = {*nn.Module().__dict__, "_fusion", "_is_torch_compile", "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 _SIMPLE = (bool, int, float, str, tuple, type(None))
 
 
 def settings(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that its forward may depend on, beside children and tensors."""
-    return {key: value for key, value in module.__dict__.items() if key not in _MODULE and key != "_fusion"}
+    return {key: value for key, value in module.__dict__.items() if key not in _MODULE}
 
 
 def configurations(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
@@ -447,12 +514,18 @@ class Chain:
     refusal: str  # why there are no stages; "" where there are
     called: frozenset[str] | None  # the modules inside that a call calls, by name; None where it could not be watched
     not_in_training: str  # why a call in training mode is not the same blocks and convolutions; "" where it is
+    not_in_16_bits: str  # the same of a call with 16-bit numbers
+    simple: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # attributes that a compiler can compare
 
     @property
     def is_network(self) -> bool:
         """Whether it is more than what one module may be in training: at most one block, and convolutions around it."""
         kinds = [stage.layer.kind for stage in self.stages]
         return kinds.count(ops.BLOCK) > 1 or ops.POOL in kinds
+
+    def looks_like(self) -> bool:
+        """`is_of` in what a compiler can trace, and guards then."""
+        return all(getattr(module, name) == value for module, name, value in self.simple)
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module is as it was: children and attributes; what tensors hold does not matter."""
@@ -463,63 +536,101 @@ def recognise(module: nn.Module) -> Chain:
     """What a call of the module is, or why it is no chain of layers that the kernels have."""
     state = _state_of(module)
     called: set[str] = set()
-    try:
-        read = _reader_of(module, called)
-        (even, spec), (odd, _) = read(EVEN, False), read(ODD, False)
-        stages = _merged(even, odd)
-    except Unfusable as refusal:
-        return Chain(state, [], None, str(refusal), frozenset(called) if called else None, str(refusal))
-    chain = Chain(state, stages, spec, "", frozenset(called), "its parts are fused one by one")
-    if chain.is_network:
-        return chain
-    try:
-        trained = _merged(read(EVEN, True)[0], read(ODD, True)[0])
-        expect(trained == stages, "it is not what it is in eval mode")
-    except Unfusable as refusal:
-        return replace(chain, not_in_training=f"in training: {refusal}")
+    with torch.inference_mode(False):  # in which operators are not taken apart
+        try:
+            read = _reader_of(module, called)
+            stages, spec = _both(read)
+        except Unfusable as refusal:
+            return Chain(state, [], None, str(refusal), frozenset(called) if called else None, str(refusal), "")
+        simple = [
+            (inner, name, value)
+            for inner in module.modules()
+            if unfused_class(inner) not in _PLAIN
+            for name, value in settings(inner).items()
+            if type(value) in _SIMPLE
+        ]
+        chain = Chain(state, stages, spec, "", frozenset(called), "its parts are fused one by one", "", simple)
+        try:
+            expect(_both(partial(read, dtype=torch.bfloat16)) == (stages, spec), "it is not what it is in float32")
+        except Unfusable as refusal:
+            chain = replace(chain, not_in_16_bits=f"in bfloat16: {refusal}")
+        if chain.is_network:
+            return chain
+        try:
+            expect(_both(partial(read, train=True)) == (stages, spec), "it is not what it is in eval mode")
+        except Unfusable as refusal:
+            return replace(chain, not_in_training=f"in training: {refusal}")
     return replace(chain, not_in_training="")
 
 
-def _reader_of(
-    module: nn.Module, called: set[str]
-) -> Callable[[tuple[int, int], bool], tuple[list[Stage], pytree.TreeSpec | None]]:
-    """A function that calls a copy with an image of this size, in training mode or not, and reads what it computes.
+Read = Callable[..., tuple[list[Stage], "pytree.TreeSpec | None"]]
+
+
+def _both(read: Read) -> tuple[list[Stage], pytree.TreeSpec | None]:
+    """Of two images of even sizes, and of one of odd."""
+    (even, spec), (odd, other) = read(EVEN, 2), read(ODD, 1)
+    expect(spec == other, "results of another kind for another number of images")
+    return _merged(even, odd), spec
+
+
+def _reader_of(module: nn.Module, called: set[str]) -> Read:
+    """A function that calls a copy with images of this size, in training mode or not, and reads what it computes.
 
     `called` receives the names of the modules inside that such a call calls, if it comes to an end.
     """
     expect(not network.global_hooks(), "there are global hooks")
+    expect(not isinstance(module, torch.fx.GraphModule), "a graph of torch.fx, which writes its own forward")
     own = next((name for name, m in module.named_modules() if "forward" in m.__dict__), None)
     expect(own is None, f"a forward that was set on the module itself, {own or 'the outermost'}")
     modules = list(module.modules())
     convs = [m for m in modules if isinstance(m, nn.Conv2d)]
     expect(bool(convs), "there is no convolution")
+    owned = [id(t) for m in modules for t in m._parameters.values() if t is not None]
+    expect(len(owned) == len(set(owned)), "layers that share a weight")
     try:
         copied, originals = _copy_without_data(module)
     except Exception as error:  # whatever someone's module raises that is no plain data
         raise Unfusable(f"it cannot be copied: {type(error).__name__}: {error}") from None
-
+    copies = {id(original): copied_id for copied_id, original in originals.items()}
+    parameters = {id(p): p for p in copied.parameters()}
     seen: set[str] = set()
     for name, inner in copied.named_modules():
         inner.register_forward_pre_hook(lambda *_, name=name: seen.add(name))
 
-    def read(size: tuple[int, int], train: bool) -> tuple[list[Stage], pytree.TreeSpec | None]:
+    def read(
+        size: tuple[int, int], batch: int, train: bool = False, dtype: torch.dtype = convs[0].weight.dtype
+    ) -> tuple[list[Stage], pytree.TreeSpec | None]:
         copied.train(train)
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
         refusals = []
         for channels in list(dict.fromkeys(conv.in_channels for conv in convs))[:3]:  # which conv is first is not known
-            image = torch.empty(2, channels, *size, dtype=convs[0].weight.dtype, device="meta")
+            image = torch.empty(batch, channels, *size, dtype=dtype, device="meta", requires_grad=train)
+            given = image.clone() if train else image  # no leaf, which no operator may write to
             try:
                 seen.clear()
-                result, watcher = _watch(copied, image)
+                result, watcher = _watch(copied, given, train)
             except Unfusable as refusal:
                 refusals.append(refusal)
                 continue
             called.update(seen)
             expect(not watcher.refusal, watcher.refusal)
             leaves, spec = pytree.tree_flatten(result)
-            given = [watcher.value_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-            expect(len(leaves) == len(given) == 1, f"its forward returns {len(leaves)} values, not one tensor")
-            stages = _Reader(originals, modules).stages(given[0])
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            expect(len(leaves) == len(tensors) == 1, f"its forward returns {len(leaves)} values, not one tensor")
+            stages = _Reader(originals, modules, batch, train).stages(watcher.value_of(tensors[0]))
             expect(bool(stages), "it returns its input")
+            if train:
+                used = [
+                    t
+                    for stage in stages
+                    for pair in stage.weights
+                    for m in pair
+                    if m is not None
+                    for t in m.parameters()
+                ]
+                _expect_gradients(tensors[0], image, [parameters[copies[id(t)]] for t in used], watcher)
             return stages, None if isinstance(result, Tensor) else spec
         raise refusals[0]
 

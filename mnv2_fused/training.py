@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.functional import _verify_batch_size
 
 from . import network, ops
@@ -333,6 +334,8 @@ def run(describe: Describe, inside: Iterable[nn.Module], x: Tensor) -> Tensor | 
         stages = _described(describe, inside, x)
     except network.Unfusable:
         return None
+    if not is_compiling():
+        ops.packed_chains.clear()  # of what fused optimizers, which count no versions, will change
     x = x.to(arithmetic(x).dtype)
     for stage in stages:
         layer, weights = stage.at(*x.shape[2:]), stage.weights

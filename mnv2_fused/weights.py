@@ -108,7 +108,7 @@ def _refusal(error: Exception) -> str:
     return f"damaged or not a weights file ({lines[0].strip() if lines else type(error).__name__})"
 
 
-def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
+def _state_dict_in(content: object, path: Path | str) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -117,7 +117,7 @@ def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise WeightsError(f"{path}: expected tensors by name, found {type(value).__name__} at {key!r}")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
             raise WeightsError(f"{path}: {key} is not a plain dense tensor")
     content = {key: value for key, value in content.items() if key != "n_averaged"}  # of swa_utils.AveragedModel
     for prefix in ("module.", "_orig_mod."):  # of DataParallel and of torch.compile
@@ -161,7 +161,7 @@ def infer_architecture(state_dict: Mapping[str, Tensor], repeats: tuple[int, ...
     timm's mobilenetv2_110d) `inverted_residual_setting`. Raises WeightsError that lists the keys (missing, unexpected,
     of another shape) when there is no such network.
     """
-    return _infer(Checkpoint(dict(state_dict), "torchvision", repeats, Traits(), {}))
+    return _infer(Checkpoint(dict(state_dict), "torchvision", repeats, None, {}))
 
 
 def _infer(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -319,7 +319,7 @@ class Loaded(NamedTuple):
     """What `load_checkpoint` found."""
 
     layout: str
-    traits: Traits
+    traits: Traits | None  # None: nothing says what they are
     missing_keys: list[str]  # of the model, by the names of the layout; with strict=False
     unexpected_keys: list[str]
 
@@ -332,9 +332,10 @@ def load_checkpoint(
     The library is recognised by the keys: torchvision, timm, transformers, TensorFlow's slim (its names and order of
     axes; moving averages are preferred) or the flat one of tonylins and d-li14. The model takes their padding, eps and
     image normalisation (`model.padding`, `norm_eps`, `image_mean`, `image_std`): weights from TensorFlow, which those
-    of transformers are, want SAME padding, an eps of 0.001 and images in -1 to 1. Of their 1001 classes, a model with
-    1000 gets all but the first, the background. A model without a classifier, or with features_only, leaves out what
-    it does not have. For the other direction see `convert_state_dict`.
+    of transformers are, want SAME padding, an eps of 0.001 and images in -1 to 1. Torchvision's keys are this library's
+    too: with these, outside a folder that says more, the model keeps what it has. Of TensorFlow's 1001 classes, a model
+    with 1000 gets all but the first, the background. A model without a classifier, or with features_only, leaves out
+    what it does not have. For the other direction see `convert_state_dict`.
 
     Args:
         model: of the shapes of the weights.
@@ -353,7 +354,8 @@ def load_checkpoint(
             "convert_state_dict(state_dict, layout) gives the keys of other libraries"
         )
     if isinstance(source, Mapping):
-        where, checkpoint = "the state dict", _recognised(source)
+        where = "the state dict"
+        checkpoint = _recognised(_state_dict_in(source, where))
     else:
         where, checkpoint = str(source), _read_checkpoint(Path(source))
     try:
@@ -375,7 +377,7 @@ def load_folder(
     try:
         if "width_mult" in own:
             model = make(**arguments)
-            checkpoint = checkpoint._replace(traits=Traits(*(getattr(model, name) for name in Traits._fields[:4])))
+            checkpoint = checkpoint._replace(traits=None)  # which the arguments are
         else:
             model = make(**_infer(checkpoint))
         _fill(model, checkpoint, strict)
@@ -388,7 +390,11 @@ def _fill(model: MobileNetV2, checkpoint: Checkpoint, strict: bool) -> Loaded:
     tensors, expected = dict(checkpoint.state_dict), model.state_dict()
     if not model.num_classes:
         tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier.")}
-    elif checkpoint.traits.background and len(tensors.get("classifier.1.weight", ())) == model.num_classes + 1 == 1001:
+    elif (
+        (traits := checkpoint.traits)
+        and traits.background
+        and len(tensors.get("classifier.1.weight", ())) == model.num_classes + 1 == 1001
+    ):
         tensors |= {key: tensors[key][1:] for key in ("classifier.1.weight", "classifier.1.bias") if key in tensors}
     if model._maps is not None:  # its features end with the last map
         index = re.compile(r"features\.(\d+)\.")
@@ -406,14 +412,19 @@ def _fill(model: MobileNetV2, checkpoint: Checkpoint, strict: bool) -> Loaded:
     tensors = {key: value for key, value in tensors.items() if key in expected}
     _check_shapes(tensors, expected, "this model")
     for key, value in tensors.items():
-        if not value.isfinite().all():
-            raise WeightsError(f"{checkpoint.names.get(key, key)} holds values that are not finite")
+        name, wanted = checkpoint.names.get(key, key), expected[key].dtype
+        if value.is_floating_point() != wanted.is_floating_point:
+            raise WeightsError(f"{name} is {value.dtype}, expected {wanted}")
+        if not value.to(wanted).isfinite().all():
+            raise WeightsError(f"{name} holds values that are not finite in {wanted}")
     model.load_state_dict(tensors, strict=False)
     _adopt(model, checkpoint.traits)
     return Loaded(checkpoint.layout, checkpoint.traits, missing, unexpected)
 
 
-def _adopt(model: MobileNetV2, traits: Traits) -> None:
+def _adopt(model: MobileNetV2, traits: Traits | None) -> None:
+    if traits is None:
+        return
     model.padding, model.norm_eps = traits.padding, traits.norm_eps
     model.image_mean, model.image_std = traits.image_mean, traits.image_std
 
@@ -455,25 +466,44 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _traits_in(folder: Path, traits: Traits) -> Traits:
-    """What the files beside the weights say, of transformers (two) or timm."""
+def _traits_in(folder: Path, traits: Traits | None) -> Traits | None:
+    """What the files beside the weights say, of this library, timm or transformers (two files).
+
+    WeightsError where they say that the network is another one than MobileNetV2 as published.
+    """
     config, images = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
-    timm = config.get("pretrained_cfg") if isinstance(config.get("pretrained_cfg"), dict) else {}
-    found = {
-        "norm_eps": config.get("layer_norm_eps"),
-        "image_mean": images.get("image_mean", timm.get("mean")),
-        "image_std": images.get("image_std", timm.get("std")),
-    }
-    if isinstance(config.get("tf_padding"), bool):
-        traits = traits._replace(padding="same" if config["tf_padding"] else "symmetric")
+    timm, options = (
+        {} if not isinstance(found := config.get(key), dict) else found for key in ("pretrained_cfg", "model_args")
+    )
+    if "width_mult" in config:
+        found = {name: config.get(name) for name in Traits._fields[:4]}
+        traits = traits or Traits()
+    else:
+        others = {"hidden_act": "relu6", "output_stride": 32, "expand_ratio": 6, "first_layer_is_expansion": True}
+        others |= {"act_layer": "relu6", "pad_type": ""}
+        for name, usual in others.items():
+            value = options.get(name, config.get(name, usual))
+            if value != usual:
+                raise WeightsError(f"{folder}: its configuration has {name} {value!r}; weights of {usual!r} are read")
+        found = {
+            "norm_eps": options.get("bn_eps", config.get("layer_norm_eps")),
+            "image_mean": images.get("image_mean", timm.get("mean")),
+            "image_std": images.get("image_std", timm.get("std")),
+        }
+        if isinstance(config.get("tf_padding"), bool):
+            found["padding"] = "same" if config["tf_padding"] else "symmetric"
     for name, value in found.items():
         if value is None:
             continue
-        numbers = [value] if name == "norm_eps" else value
-        fits = isinstance(numbers, list) and 0 < len(numbers) <= 64
-        if not fits or not all(type(n) in (int, float) and 0 <= n < 1e3 for n in numbers):
-            raise WeightsError(f"{folder}: {name} of its configuration is {value!r}, not what such a number may be")
-        traits = traits._replace(**{name: value if name == "norm_eps" else tuple(value)})
+        if name == "padding":
+            fits = value in ("same", "symmetric")
+        else:
+            numbers = [value] if name == "norm_eps" else value
+            fits = isinstance(numbers, list) and 0 < len(numbers) <= 64
+            fits = fits and all(type(n) in (int, float) and 0 <= n < 1e3 for n in numbers)
+        if not fits:
+            raise WeightsError(f"{folder}: {name} of its configuration is {value!r}, not what such a thing may be")
+        traits = (traits or Traits())._replace(**{name: tuple(value) if isinstance(value, list) else value})
     return traits
 
 

@@ -86,14 +86,20 @@ def test_the_background_class_is_left_out() -> None:
         load_checkpoint(ours(999), theirs.state_dict())
 
 
-def test_traits_go_both_ways() -> None:
-    """What a model takes from one file it loses with the next; packed weights follow."""
-    first, second, model = source(SOURCES[2]), source(SOURCES[0]), ours()
+def test_traits_follow_the_file() -> None:
+    """What a model takes from one file it loses with the next, but with torchvision's keys, which are ours too."""
+    first, second, model = source(SOURCES[2]), source(SOURCES[1]), ours()
     check = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         model(check)
         load_checkpoint(model, first.state_dict())
         check_same(model, first, skipped=1)
+        again = MobileNetV2(
+            width_mult=WIDTH, padding="same", norm_eps=1e-3, image_mean=(0.5,) * 3, image_std=(0.5,) * 3
+        )
+        assert load_checkpoint(again.eval(), model.state_dict()).traits is None
+        check_same(again, model)
+        assert traits_of(again) == TRAITS["transformers"]
         load_checkpoint(model, second.state_dict())
         check_same(model, second)
     assert traits_of(model) == IMAGENET
@@ -272,9 +278,46 @@ def test_a_mismatch_lists_the_keys_of_the_library(name: str) -> None:
     assert "shapes" in refusal(model, state_dict | {key: torch.zeros(1, 2)}, strict=False)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: {"state_dict": d, "epoch": 3}, ""),
+        (lambda d: {f"module.{key}": value for key, value in d.items()}, ""),
+        (lambda d: {key: value.numpy() for key, value in d.items()}, "expected tensors by name, found ndarray"),
+        (lambda d: {key: value.to("meta") for key, value in d.items()}, "is not a plain dense tensor"),
+        (
+            lambda d: d | {"features.0.1.bias": torch.zeros(16, dtype=torch.int8)},
+            "is torch.int8, expected torch.float32",
+        ),
+        (lambda d: d | {"features.0.1.bias": torch.zeros(16, dtype=torch.complex64)}, "is torch.complex64, expected"),
+        (
+            lambda d: d | {"features.0.1.bias": torch.full((16,), 1e300, dtype=torch.float64)},
+            "finite in torch.float32",
+        ),
+    ],
+    ids=range(7),
+)
+def test_state_dicts_as_people_have_them(change: Callable[[dict], dict], words: str) -> None:
+    state_dict = source(SOURCES[0]).state_dict()
+    if words:
+        assert words in refusal(ours(), change(dict(state_dict)))
+    else:
+        load_checkpoint(ours(), change(dict(state_dict)))
+
+
+def test_our_folders_say_what_belongs_to_the_weights(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = MobileNetV2(width_mult=WIDTH, padding="same", norm_eps=1e-3, image_mean=(0.1,) * 3).eval()
+    model.save_pretrained(tmp_path)
+    for loaded in (load_model(tmp_path), ours()):
+        load_checkpoint(loaded, tmp_path)
+        assert traits_of(loaded) == traits_of(model)
+        check_same(loaded, model)
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert "keys missing" in refusal(ours(), {"a": torch.zeros(1)})
-    assert "keys missing" in refusal(ours(), {})
+    assert "expected a state dict" in refusal(ours(), {})
     assert "no such file" in refusal(ours(), tmp_path / "none.pth")
     assert "a folder without model.safetensors or pytorch_model.bin" in refusal(ours(), tmp_path)
     with pytest.raises(TypeError, match="fills a mnv2_fused.MobileNetV2, got TimmMobileNetV2; convert_state_dict"):
@@ -324,12 +367,16 @@ def test_folders_say_what_belongs_to_the_weights(tmp_path: Path) -> None:
         ("[" * 100_000, "config.json: damaged"),
         ("\xff\xfe", "config.json: damaged"),
         (" " * (2 << 20), "config.json: damaged (larger than 1 MiB)"),
+        ({"hidden_act": "relu"}, "its configuration has hidden_act 'relu'; weights of 'relu6' are read"),
+        ({"output_stride": 8}, "its configuration has output_stride 8; weights of 32 are read"),
+        ({"model_args": {"pad_type": "same"}}, "its configuration has pad_type 'same'"),
+        ({"width_mult": 0.35, "padding": "odd"}, "padding of its configuration is 'odd'"),
         ({"layer_norm_eps": "small"}, "norm_eps of its configuration is 'small'"),
         ({"layer_norm_eps": -1}, "norm_eps of its configuration is -1"),
         ({"pretrained_cfg": {"mean": [0.5, None, 0.5]}}, "image_mean of its configuration is [0.5, None, 0.5]"),
         ({"pretrained_cfg": {"std": 0.5}}, "image_std of its configuration is 0.5"),
     ],
-    ids=range(9),
+    ids=range(13),
 )
 def test_damaged_folders(config: Any, words: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, ours().state_dict())
@@ -390,7 +437,7 @@ def test_from_pretrained_of_other_libraries(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="shapes that do not fit"):
         MobileNetV2.from_pretrained(tmp_path)
     folder_of(tmp_path, source(SOURCES[0]).state_dict(), config=dict(width_mult=0.35, padding="odd"))
-    with pytest.raises(WeightsError, match="padding should be 'symmetric' or 'same', got 'odd'"):
+    with pytest.raises(WeightsError, match="padding of its configuration is 'odd'"):
         MobileNetV2.from_pretrained(tmp_path)
 
 

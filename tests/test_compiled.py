@@ -198,6 +198,32 @@ def test_packed_weights_follow_the_tensors() -> None:
     assert len(ops.packed_chains) == 0
 
 
+@pytest.mark.parametrize("how", ["fused SGD", "fused AdamW", "recalibrated", ".data"])
+def test_compiled_weights_follow_training(how: str) -> None:
+    """Where PyTorch counts no versions of what was written to."""
+    model, x = settled("ours"), torch.randn(4, 3, 32, 32)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+    if how == "recalibrated":
+        model.fused = False
+        with torch.no_grad():
+            model.train()(x)
+        model.eval().fused = True
+        compiled = torch.compile(model, backend="eager")
+    elif how == ".data":
+        model.features[0][0].weight.data.mul_(3)
+        model.repack()
+    else:
+        kind = torch.optim.SGD if "SGD" in how else torch.optim.AdamW
+        optimizer = kind(model.parameters(), lr=0.1, fused=True)
+        model(x).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = model(x)
+        assert (compiled(x) - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_opcheck() -> None:
     model, x = settled("same padding"), torch.randn(1, 3, 31, 32)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -433,6 +434,189 @@ def test_reasons(name: str) -> None:
     assert found.reason in str(report) and "0 fused, 1 not" in str(report)
     with torch.no_grad():
         assert torch.equal(model(x.clone()), expected)
+
+
+class Reversed(torch.autograd.Function):
+    """A gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def written(h: Tensor) -> Tensor:
+    h[:, :4] = 0
+    return h
+
+
+def through_data(h: Tensor) -> Tensor:
+    h.data.mul_(0.1)
+    return h
+
+
+def through_a_list(h: Tensor) -> Tensor:
+    torch._foreach_mul_([h], 0.1)
+    return h
+
+
+def without_gradients(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        return h * 1
+
+
+TRICKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a write into a part": written,
+    "a write through .data": through_data,
+    "a write through a list": through_a_list,
+    "detached": Tensor.detach,
+    "without gradients": without_gradients,
+    "reversed gradients": Reversed.apply,
+    "a constant": lambda h: h + 1,
+    "float32": Tensor.float,
+    "a crop": lambda h: F.pad(F.pad(h, (-1,) * 4), (1,) * 4),
+}
+
+
+class Tricky(nn.Module):
+    """A block that does something more with its expansion."""
+
+    def __init__(self, trick: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(8, 48, 1), nn.BatchNorm2d(48), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.c = nn.Conv2d(48, 8, 1)
+        self.trick = trick
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c(F.relu6(self.b(self.trick(F.relu6(self.norm(self.a(x)))))))
+
+
+@pytest.mark.filterwarnings("ignore:nothing in")
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_nothing_is_missed(trick: str, train: bool) -> None:
+    """Values, gradients and dtypes stay, whatever a forward does that is no layer."""
+    torch.manual_seed(0)
+    plain = Tricky(TRICKS[trick]).train(train)
+    model = fuse(copy.deepcopy(plain))
+    results = []
+    for each in (model, plain):
+        x = torch.randn(2, 8, 7, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = each(x)
+        y.square().sum().backward()
+        gradients = [x.grad, *(parameter.grad for parameter in each.parameters())]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            halved = each(x) if not train else y
+        results.append([y, *gradients, halved])
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            assert found.dtype == expected.dtype
+            tolerance = 1e-4 if expected is not results[1][-1] or train else 0.02
+            assert torch.allclose(
+                found.float(), expected.float(), rtol=tolerance, atol=1e-5 + tolerance * float(expected.abs().max())
+            )
+
+
+def drawn(block: nn.Module, x: Tensor) -> Tensor:
+    return x if block.training and random.random() < 0.5 else Functional.forward(block, x)
+
+
+def other_eps(block: nn.Module, x: Tensor) -> Tensor:
+    norm = block.norm
+    h = F.batch_norm(block.a(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, eps=0.5)
+    return x + block.c(F.relu6(block.b(F.relu6(h))))
+
+
+def statistics_of_the_batch(block: nn.Module, x: Tensor) -> Tensor:
+    h = F.batch_norm(block.a(x), None, None, block.norm.weight, block.norm.bias, True)
+    return x + block.c(F.relu6(block.b(F.relu6(h))))
+
+
+def without_its_bias(block: nn.Module, x: Tensor) -> Tensor:
+    h = block.norm(F.conv2d(x, block.a.weight))
+    return x + block.c(F.relu6(block.b(F.relu6(h))))
+
+
+def counting(block: nn.Module, x: Tensor) -> Tensor:
+    block.calls = getattr(block, "calls", 0) + 1
+    return Tricky.forward(block, x)
+
+
+@pytest.mark.filterwarnings("ignore:nothing in")
+@pytest.mark.parametrize("forward", [other_eps, statistics_of_the_batch, without_its_bias, counting])
+def test_layers_used_otherwise(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    kind = type("Own", (Tricky,), {"forward": forward})
+    plain, x = kind(lambda h: h), torch.randn(2, 8, 7, 7)
+    with torch.no_grad():
+        nn.init.uniform_(plain.norm.running_var, 0.5, 2)
+        model = fuse(copy.deepcopy(plain.eval()))
+        assert error(model(x), plain(x)) < 1e-6
+        assert getattr(model, "calls", None) == getattr(plain, "calls", None)
+
+
+def test_random_branches_stay_random() -> None:
+    block = type("Drawn", (Functional,), {"forward": drawn})().train()
+    state = random.getstate()
+    fuse(block)
+    x = torch.randn(1, 8, 5, 5)
+    results = [torch.equal(block(x), x) for _ in range(64)]
+    assert 0 < sum(results) < 64
+    assert random.getstate() != state
+
+
+def test_copies_that_share_and_pieces() -> None:
+    block = fuse(zoo.TorchvisionBlock(8, 8, 1, 6)).eval()
+    x = torch.randn(1, 8, 7, 7)
+    with torch.no_grad():
+        block(x)
+        shallow = copy.copy(block)
+        shallow.use_res_connect = False
+        assert error(shallow(x), block(x) - x) < 1e-5
+    piece = fuse(small().features)[1:5]
+    assert piece.why_not_fused(x) == "a part of a fused Sequential" and piece.repack() is None
+    again = fuse(piece)
+    assert type(unfuse(pickle.loads(pickle.dumps(again)))) is nn.Sequential
+    assert type(unfuse(again)) is nn.Sequential
+
+
+def test_first_call_in_inference_mode() -> None:
+    model, x = pickle.loads(pickle.dumps(fuse(small()))), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        model(x)
+        assert ops_of(lambda: model(x)) == {"network": 1}
+
+
+@pytest.mark.parametrize(
+    "pool", [lambda x: x.mean((2, 3), keepdim=True).squeeze(), lambda x: x.mean((2, 3)).reshape(1, -1)]
+)
+def test_features_that_depend_on_the_number_of_images(pool: Callable[[Tensor], Tensor]) -> None:
+    body = with_statistics(
+        nn.Sequential(zoo.conv_norm_activation(3, 8, 3, 2), zoo.FlatBlock(8, 8, 1, 6)), torch.randn(4, 3, 16, 16)
+    )
+    model = Wrapped(body, pool).eval()
+    plain = copy.deepcopy(model)
+    fuse(model)
+    with torch.no_grad():
+        for batch in (1, 2):
+            x = torch.randn(batch, 3, 16, 16)
+            assert model(x).shape == plain(x).shape and error(model(x), plain(x)) < 1e-5
+
+
+def test_compiled_after_a_change() -> None:
+    torch._dynamo.reset()
+    block = fuse(zoo.TorchvisionBlock(8, 8, 1, 6)).eval()
+    conv, x = block.conv[1][0], torch.randn(1, 8, 9, 9)
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+    plain = unfuse(copy.deepcopy(block))
+    with torch.no_grad():
+        assert error(torch.compile(block, backend="eager")(x), plain(x)) < 1e-5
+        assert error(torch.export.export(block, (x,)).module()(x), plain(x)) < 1e-5
+    torch._dynamo.reset()
 
 
 def test_a_mixed_network() -> None:
