@@ -43,16 +43,16 @@ WAYS: dict[str, Callable[[nn.Module], Callable]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("runner", WAYS)
 @torch.no_grad()
-def test_fused(network: tuple[str, nn.Module], way: str, measure: Callable) -> None:
+def test_fused(network: tuple[str, nn.Module], runner: str, measure: Callable) -> None:
     name, model = network
     x = torch.randn(1, 3, 224, 224)
     with FlopCounterMode(display=False) as flops:
         expected = zoo.logits_of(model(x))
     torch._dynamo.reset()
-    call = WAYS[way](copy.deepcopy(model))
-    x = x.contiguous(memory_format=torch.channels_last) if way == "channels_last" else x
+    call = WAYS[runner](copy.deepcopy(model))
+    x = x.contiguous(memory_format=torch.channels_last) if runner == "channels_last" else x
     error = (zoo.logits_of(call(x)) - expected).norm() / expected.norm()
-    assert error < 2e-5, f"{way} is off by {error:.1e} (relative norm)"
+    assert error < 2e-5, f"{runner} is off by {error:.1e} (relative norm)"
     measure(f"MobileNetV2 1.0/224 of {name}, batch 1", flops.get_total_flops() // 2, lambda: call(x))
