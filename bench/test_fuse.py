@@ -1,6 +1,6 @@
 """What `fuse` makes of the libraries' MobileNetV2 1.0/224, batch 1: as they are, compiled, and fused.
 
-The real ones where they are installed (tests/zoo.py says how), else stand-ins with their module trees.
+The real ones where they are installed (README.md says how), else stand-ins with their module trees.
 """
 
 from __future__ import annotations

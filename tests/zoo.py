@@ -1,9 +1,8 @@
 """MobileNetV2 as the libraries that people have write it: stand-ins with their module trees and forwards, and the real
 ones where they are installed.
 
-The stand-ins are in our words; `test_stand_ins` compares their keys and results with the real ones'. Those come with
-`pip install --no-deps torchvision==0.28.0 timm transformers huggingface_hub httpx2 httpcore2 h11 anyio idna certifi
-tokenizers pyyaml tqdm requests`.
+The stand-ins are in our words; `test_stand_ins` compares their keys and results with the real ones'. How to install
+those beside a CPU-only torch stands in README.md.
 """
 
 from __future__ import annotations
@@ -389,7 +388,7 @@ def library(name: str) -> Any:
             importlib.import_module("torchvision")
             return importlib.import_module(name)
     except ImportError as error:
-        pytest.skip(f"{name} is not installed ({error}); tests/zoo.py says how")
+        pytest.skip(f"{name} is not installed ({error}); README.md says how")
 
 
 def _transformers(**options: Any) -> nn.Module:
