@@ -370,7 +370,7 @@ OPS = (
 
 def test_every_op_is_sampled() -> None:
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "mnv2_fused::" in name}
-    assert registered == set(OPS)
+    assert registered == {*OPS, "chain"}  # which test_compiled.py checks
 
 
 @pytest.mark.parametrize(
