@@ -353,7 +353,7 @@ class _Reader:
         given = value.given
         expect(given.get("alpha", 1) == given.get("beta", 1) == 1, "a linear layer with factors")
         expect(len(value.inputs) == 2 and value.inputs[1].operator == "transposed", "a product of computed matrices")
-        bias = given["self"] if value.inputs[1].given["self"] is not given["self"] and "mat1" in given else None
+        bias = given["self"] if "mat1" in given else None  # addmm, or mm of x and the weight
         return network.classifier(self._owner(weight=value.inputs[1].given["self"], bias=bias))
 
     def _owner(self, **given: Tensor | None) -> nn.Module:

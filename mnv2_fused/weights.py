@@ -219,8 +219,7 @@ def _check_keys(
     names = names or {}
     missing = [names.get(key, key) for key in _missing(state_dict, expected)]
     unexpected = [key for key in state_dict if key not in expected]
-    problems = [f"{len(missing)} keys missing: {_listing(missing)}"] if missing else []
-    problems += [f"{len(unexpected)} keys unexpected: {_listing(unexpected)}"] if unexpected else []
+    problems = _mismatch(missing, unexpected)
     problems += [
         f"{key} is {value.dtype}, expected floating point"
         for key, value in state_dict.items()
@@ -233,6 +232,11 @@ def _check_keys(
 def _missing(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     # PyTorch itself fills in this counter, which many files leave out; inference does not use it.
     return [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
+
+
+def _mismatch(missing: list[str], unexpected: list[str]) -> list[str]:
+    kinds = ((missing, "missing"), (unexpected, "unexpected"))
+    return [f"{len(keys)} keys {what}: {_listing(keys)}" for keys, what in kinds if keys]
 
 
 def _listing(names: list[str], limit: int = 5) -> str:
@@ -402,13 +406,8 @@ def _fill(model: MobileNetV2, checkpoint: Checkpoint, strict: bool) -> Loaded:
         tensors = {key: value for key, value in tensors.items() if key not in left_out}
     missing = [checkpoint.names.get(key, key) for key in _missing(tensors, expected)]
     unexpected = [checkpoint.names.get(key, key) for key in tensors if key not in expected]
-    if strict and (missing or unexpected):
-        listed = [
-            f"{len(keys)} keys {word}: {_listing(keys)}"
-            for keys, word in ((missing, "missing"), (unexpected, "unexpected"))
-            if keys
-        ]
-        raise WeightsError("does not fit this model: " + "; ".join(listed))
+    if strict and (problems := _mismatch(missing, unexpected)):
+        raise WeightsError("does not fit this model: " + "; ".join(problems))
     tensors = {key: value for key, value in tensors.items() if key in expected}
     _check_shapes(tensors, expected, "this model")
     for key, value in tensors.items():
